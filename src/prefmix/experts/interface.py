@@ -1,0 +1,98 @@
+"""What every kind of expert offers to training, scoring and decoding.
+
+Legend: N texts, T completion tokens of all texts, K experts, D hidden size, V vocabulary, L padded length.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class PackedStates(NamedTuple):
+    """Trunk states at the positions that predict completion tokens, texts one after another, no padding.
+
+    Attributes:
+        hidden: [T, D] final-norm trunk state at the position *before* each completion token.
+        targets: [T] the completion token that each state predicts.
+        segments: [T] which text (0..N-1, non-decreasing) each token belongs to.
+        num_texts: N.
+    """
+
+    hidden: Float[Tensor, "T D"]
+    targets: Int[Tensor, "T"]
+    segments: Int[Tensor, "T"]
+    num_texts: int
+
+
+class PaddedTexts(NamedTuple):
+    """Token ids of N texts, right-padded, as TRL's collator lays them out.
+
+    Attributes:
+        input_ids: [N, L] prompt then completion.
+        attention_mask: [N, L] 1 on tokens, 0 on padding.
+        completion_mask: [N, L] 1 on completion tokens.
+    """
+
+    input_ids: Int[Tensor, "N L"]
+    attention_mask: Int[Tensor, "N L"]
+    completion_mask: Int[Tensor, "N L"]
+
+
+class ExpertLogProbs(NamedTuple):
+    """Sequence log-probabilities, float32, in nats, summed over completion tokens.
+
+    Attributes:
+        log_probs: [N, K] log pi_k(y | x).
+        ref_log_probs: [N, K] log pi_ref(k)(y | x); one column repeated where the reference is shared. No gradient.
+    """
+
+    log_probs: Float[Tensor, "N K"]
+    ref_log_probs: Float[Tensor, "N K"]
+
+
+class AbstractExpertDecoder(ABC):
+    """Autoregressive state of K experts reading the same tokens: one per call of `AbstractExperts.decoder`."""
+
+    @abstractmethod
+    def logits(self) -> Float[Tensor, "B K V"]:
+        """Float32 next-token logits of every expert after the tokens read so far."""
+
+    @abstractmethod
+    def append(self, tokens: Int[Tensor, "B"]) -> None:
+        """Reads one more token of every sequence."""
+
+    @abstractmethod
+    def select(self, index: Int[Tensor, "M"]) -> None:
+        """Keeps the sequences `index`, in that order (finished sequences leave the batch)."""
+
+
+class AbstractExperts(nn.Module, ABC):
+    """K policies over one tokenizer."""
+
+    num_experts: int
+
+    @abstractmethod
+    def forward(self, texts: PackedStates | PaddedTexts) -> ExpertLogProbs:
+        """Log-probabilities of every text under every expert and its reference."""
+
+    @abstractmethod
+    def decoder(
+        self, input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"], experts: list[int] | None = None
+    ) -> AbstractExpertDecoder:
+        """Starts decoding after left-padded prompts; `experts` restricts the K axis to those experts, in order."""
+
+    @abstractmethod
+    def expert_state(self, expert: int) -> dict[str, Tensor]:
+        """The tensors that make expert k what it is, without the shared base."""
+
+    @abstractmethod
+    def load_expert_state(self, expert: int, state: dict[str, Tensor]) -> None:
+        """Takes what `expert_state` gave."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """JSON description from which an equal, untrained instance can be built (kind, head, rank, K)."""
