@@ -1,0 +1,39 @@
+"""Mixtures of expert policies from preference data.
+
+Public names are loaded on first use (PEP 562), so `import prefmix` and the light parts of the package (data checks,
+options, the command line) never import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prefmix.evaluation.evaluator import evaluate
+    from prefmix.policy.mixture_policy import MixturePolicy
+    from prefmix.training.config import MixtureConfig
+    from prefmix.training.trainer import MixtureTrainer
+
+__version__ = "0.1.0"
+
+__all__ = ["MixtureConfig", "MixturePolicy", "MixtureTrainer", "__version__", "evaluate"]
+
+_HOME = {
+    "MixtureConfig": "prefmix.training.config",
+    "MixturePolicy": "prefmix.policy.mixture_policy",
+    "MixtureTrainer": "prefmix.training.trainer",
+    "evaluate": "prefmix.evaluation.evaluator",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
