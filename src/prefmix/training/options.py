@@ -6,8 +6,11 @@ in its `help`; `--help` and the docs are made from it. Names and defaults are TR
 
 from __future__ import annotations
 
+import difflib
+import types
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 Latent = Literal["auto", "pair", "user"]
 GateTerm = Literal["global", "prompt", "user", "metadata"]
@@ -34,9 +37,13 @@ class MixtureOptions:
     expert_rank: int = _field(16, "Rank r of a low-rank head.")
     # --- likelihood (TRL's names) -------------------------------------------------------------------------------------
     beta: float | list[float] = _field(0.1, "beta_k of the implicit reward; one number, or one for each expert.")
-    label_noise: float = _field(0.0, "e in p = (1-e) sigmoid(m) + e sigmoid(-m): share of flipped labels, 0 <= e < 0.5.")
+    label_noise: float = _field(
+        0.0, "e in p = (1-e) sigmoid(m) + e sigmoid(-m): share of flipped labels, 0 <= e < 0.5."
+    )
     # --- latent and gate ----------------------------------------------------------------------------------------------
-    latent: Latent = _field("auto", "What carries one expert: a comparison (pair) or a user; auto: user where ids repeat.")
+    latent: Latent = _field(
+        "auto", "What carries one expert: a comparison (pair) or a user; auto: user where ids repeat."
+    )
     gate: list[GateTerm] = _field(["global"], "Terms of the gate, summed in logit space.")
     gate_update: Literal["closed_form", "gradient", "fixed"] = _field(
         "closed_form", "How a purely global gate moves: EM's closed form, gradient steps, or not at all (uniform)."
@@ -60,5 +67,197 @@ class MixtureOptions:
         None, "Batch comparisons that share a prompt, so that a text is read once; null: where texts repeat often."
     )
     # --- trunk states -------------------------------------------------------------------------------------------------
-    cache_states: Literal["auto", "disk", "memory", "off"] = _field("auto", "Where states of the frozen trunk are kept.")
+    cache_states: Literal["auto", "disk", "memory", "off"] = _field(
+        "auto", "Where states of the frozen trunk are kept."
+    )
     cache_dir: str | None = _field(None, "Folder of cached trunk states; null: the user's cache folder.")
+    # --- base model ---------------------------------------------------------------------------------------------------
+    model_revision: str | None = _field(None, "Revision of the base model on the hub (TRL's name).")
+    trust_remote_code: bool = _field(
+        False, "Run code that comes with the base model. Off: read it before you trust it."
+    )
+    # --- run ----------------------------------------------------------------------------------------------------------
+    overwrite_output_dir: bool = _field(False, "Start anew in a folder that holds a finished run (it is replaced).")
+
+
+@dataclass
+class RunOptions:
+    """Fields of `transformers.TrainingArguments` whose default we change, each with its reason."""
+
+    learning_rate: float = _field(
+        2e-3,
+        "Step size of the experts. TRL's 1e-6 is for whole models; a low-rank head that starts at zero needs 1e-3.",
+    )
+    per_device_train_batch_size: int = _field(8, "Comparisons (not texts) of one forward pass on one device.")
+    logging_steps: float = _field(10, "Optimizer steps between two lines of the log (TRL's default).")
+    gradient_checkpointing: bool = _field(
+        False, "TRL: true. Here the trunk is frozen, so no activation is kept for it."
+    )
+    bf16: bool | None = _field(
+        None, "Trunk in bfloat16. TRL: always; here null means on a GPU only, because float32 on a CPU is exact."
+    )
+    remove_unused_columns: bool = _field(False, "The collator reads a table of comparisons and drops nothing.")
+    average_tokens_across_devices: bool = _field(False, "The loss is divided by row weights, which we sum ourselves.")
+    save_strategy: str = _field("epoch", "A checkpoint an epoch: heads are small and the trunk is not saved.")
+    save_total_limit: int | None = _field(2, "The last checkpoint and the one to fall back to if it is damaged.")
+    report_to: str | list[str] | None = _field("none", "Trackers. A local metrics.jsonl is always written.")
+    logging_nan_inf_filter: bool = _field(
+        False, "The filter hides NaN and syncs every micro-step; here NaN stops the run."
+    )
+    restore_callback_states_from_checkpoint: bool = _field(
+        True, "A resumed run counts early stopping on from where it was, as the uninterrupted run does."
+    )
+
+
+OPTION_NAMES = tuple(MixtureOptions.__dataclass_fields__)
+
+
+def validate_options(options: Mapping[str, Any]) -> None:
+    """Checks every field of `MixtureOptions` and `RunOptions` that `options` names, and what must hold between them.
+
+    Fields that are absent count as their defaults; fields of neither class are left to `check_fields`.
+
+    Raises:
+        ValueError: all problems at once, one a line, each with field, value and remedy.
+    """
+    values = {name: options.get(name, getattr(MixtureOptions(), name)) for name in OPTION_NAMES}
+    values |= {name: value for name, value in options.items() if name not in values}
+    problems = _type_problems(values)
+    if not problems:
+        problems = [*_range_problems(values), *_combination_problems(values)]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def check_fields(mapping: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Refuses names that no configuration class has, each with the nearest name that one has.
+
+    Raises:
+        ValueError: all unknown names, one a line.
+    """
+    names = list(known)
+    problems = [f"unknown field {name!r}{_suggestion(name, names)}" for name in mapping if name not in names]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def gate_problems(terms: Iterable[str], latent: str) -> list[str]:
+    """Why gate terms and a latent do not go together (method.md section 2), or nothing.
+
+    A `user` latent has one expert a user, so its gate must be constant within a user: with the prompt it would not be,
+    and a free weight vector per user would become one-hot and count the user's rows twice.
+    """
+    terms = list(terms)
+    faults = {"user": "one-hot weights that count a user's rows twice", "prompt": "a prior that changes within a user"}
+    problems = []
+    if not terms:
+        problems.append("gate=[]: name at least one term, for example gate=[global]")
+    if len(set(terms)) < len(terms):
+        problems.append(f"gate={terms}: a term stands twice; name each once")
+    for term, fault in faults.items():
+        if latent == "user" and term in terms:
+            problems.append(
+                f"gate={terms} with latent='user': {term!r} gives {fault}; use latent='pair' or drop the term"
+            )
+    return problems
+
+
+def _type_problems(values: Mapping[str, Any]) -> list[str]:
+    hints = get_type_hints(RunOptions) | get_type_hints(MixtureOptions)
+    return [
+        f"{name}={value!r}: expected {_expected(hints[name])}{_value_suggestion(value, hints[name])}"
+        for name, value in values.items()
+        if name in hints and not _fits(value, hints[name])
+    ]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin is Literal:
+        return value in get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if origin is list:
+        return isinstance(value, list | tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _expected(hint: Any) -> str:
+    origin = get_origin(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(str(choice) for choice in get_args(hint))
+    if origin in (Union, types.UnionType):
+        return " or ".join(_expected(part) for part in get_args(hint))
+    if origin is list:
+        return f"a list of {_expected(get_args(hint)[0])}"
+    return {float: "a number", int: "a whole number", str: "text", bool: "true or false", type(None): "null"}[hint]
+
+
+def _value_suggestion(value: Any, hint: Any) -> str:
+    choices = [choice for part in (hint, *get_args(hint)) if get_origin(part) is Literal for choice in get_args(part)]
+    return _suggestion(value, choices) if isinstance(value, str) else ""
+
+
+def _suggestion(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _range_problems(values: Mapping[str, Any]) -> list[str]:
+    betas = values["beta"] if isinstance(values["beta"], list | tuple) else [values["beta"]]
+    checks = (
+        ("num_experts", values["num_experts"] >= 1, "at least 1; 1 is plain DPO"),
+        ("expert_rank", values["expert_rank"] >= 1, "at least 1"),
+        ("beta", all(0 < beta < float("inf") for beta in betas), "every beta is positive and finite, for example 0.1"),
+        ("label_noise", 0 <= values["label_noise"] < 0.5, "at least 0 and below 0.5; at 0.5 labels say nothing"),
+        ("gate_prior_alpha", 1 <= values["gate_prior_alpha"] < float("inf"), "at least 1; below 1 weights go to zero"),
+        ("gate_learning_rate", values["gate_learning_rate"] > 0, "positive; gate_update=fixed stops a global gate"),
+        ("estep_temperature", values["estep_temperature"] > 0, "positive"),
+        ("estep_temperature_end", values["estep_temperature_end"] > 0, "positive; 1 ends at the exact posterior"),
+        ("init_hold_epochs", values["init_hold_epochs"] >= 0, "zero or more epochs"),
+        ("probe_restarts", values["probe_restarts"] >= 1, "at least 1"),
+        ("probe_dim", values["probe_dim"] >= 1, "at least 1"),
+        ("max_length", values["max_length"] is None or values["max_length"] >= 2, "at least 2 tokens, or null"),
+    )  # fmt: skip
+    problems = [f"{name}={values[name]!r}: {remedy}" for name, holds, remedy in checks if not holds]
+    positive = (
+        "learning_rate",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+    )
+    for name in positive:
+        value = values.get(name)
+        if isinstance(value, int | float) and not 0 < value < float("inf"):
+            problems.append(f"{name}={value!r}: must be positive")
+    return problems
+
+
+def _combination_problems(values: Mapping[str, Any]) -> list[str]:
+    beta, gate, estep = values["beta"], list(values["gate"]), values["estep"]
+    problems = gate_problems(gate, values["latent"])
+    if isinstance(beta, list | tuple) and len(beta) != values["num_experts"]:
+        problems.append(
+            f"beta={beta!r}: {len(beta)} values for num_experts={values['num_experts']}; give one each, or one"
+        )
+    if values["branch_depth"] != 0:
+        problems.append(
+            f"branch_depth={values['branch_depth']}: arrives with LoRA branches; use branch_depth=0 (heads only)"
+        )
+    if gate and gate != ["global"] and values["gate_update"] == "fixed":
+        problems.append(
+            f"gate_update='fixed' with gate={gate}: only a purely global gate stays fixed; use gate=[global]"
+        )
+    if estep == "exact" and (values["estep_temperature"], values["estep_temperature_end"]) != (1.0, 1.0):
+        problems.append("estep_temperature with estep='exact': no effect there; use estep='annealed' or leave it at 1")
+    if values.get("fp16"):
+        problems.append("fp16=true: sums of log-probabilities overflow float16; use bf16=true or float32")
+    if values.get("gradient_checkpointing"):
+        problems.append(
+            "gradient_checkpointing=true: the trunk is frozen, so there is nothing to recompute; leave it off"
+        )
+    return problems
