@@ -46,6 +46,11 @@ class Gate(nn.Module):
     parameter and learns by gradient, as the other terms do.
     """
 
+    global_log_weights: Tensor
+    no_global: Tensor
+    prompt_mean: Tensor
+    prompt_scale: Tensor
+
     def __init__(
         self,
         num_experts: int,
@@ -124,7 +129,7 @@ class Gate(nn.Module):
             return torch.log_softmax(logits, dim=-1)
 
     def population_log_weights(self) -> Float[Tensor, "K"]:
-        """log w of the `global` term alone: the centre of the users' prior."""
+        """Log weights of the `global` term alone: the centre of the users' prior."""
         return torch.log_softmax(self._global_logits(), dim=-1)
 
     @torch.no_grad()
@@ -147,8 +152,8 @@ class Gate(nn.Module):
             log Dirichlet(w_global | alpha) + sum_u log Dirichlet(softmax(global + user[u]) | 1 + c w_global)
 
         EM's objective is sum_i ELBO_i + log_prior. The loss is a mean over row weights, so a step subtracts
-        `log_prior() / total_weight`, with total_weight the summed row weight of the whole training set: then the mean of
-        the losses over an epoch is -(ELBO + log prior) / total_weight.
+        `log_prior() / total_weight`, with total_weight the summed row weight of the whole training set: then the mean
+        of the losses over an epoch is -(ELBO + log prior) / total_weight.
         """
         population = self.population_log_weights()
         total = population.new_zeros(())

@@ -21,7 +21,9 @@ def check_alpha(alpha: float) -> None:
 def dirichlet_log_density(
     log_weights: Float[Tensor, "... K"], concentration: Float[Tensor, "K"]
 ) -> Float[Tensor, "..."]:
-    """log Dirichlet(w | a) = log Gamma(sum_k a_k) - sum_k log Gamma(a_k) + sum_k (a_k - 1) log w_k.
+    """Log density of mixture weights.
+
+        log Dirichlet(w | a) = log Gamma(sum_k a_k) - sum_k log Gamma(a_k) + sum_k (a_k - 1) log w_k
 
     The density is with respect to the weights (not their logits), so its mode is where EM's closed form goes.
 
