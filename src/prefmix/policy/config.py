@@ -1,0 +1,93 @@
+"""What a policy folder says about itself: `mixture_config.json`. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Everything but tensors that a `MixturePolicy` is made of; JSON on disk.
+
+    Attributes:
+        experts: `AbstractExperts.describe()`: kind, number, head and rank, from which untrained experts are rebuilt.
+        gate: `Gate.describe()`: terms and sizes, from which an untrained gate is rebuilt.
+        beta: K values, the beta_k of the implicit reward r_k = beta_k (log pi_k - log pi_ref).
+        latent: what carries one expert, a comparison (`pair`) or a user (`user`).
+        base_source: hub name or folder of the base model; `./base` where the policy folder holds a copy.
+        base_sha256: hash of the base model's content; another base is refused.
+        label_noise: e in p = (1-e) sigmoid(m) + e sigmoid(-m).
+        base_revision: revision on the hub, null for its main branch.
+        base_gguf_file: file within `base_source`, where that is a GGUF repository.
+        dtype: type that the base model runs in, as torch names it (`float32`); null: its own.
+        max_length: longest prompt plus completion at training, tokens; longer texts are cut in the same way.
+        truncation_mode: which end of a long text stays.
+        provenance: data hash, seed, versions, hardware: JSON values for the reader, never read by the code.
+        format_version: of the folder's layout.
+    """
+
+    experts: Mapping[str, Any]
+    gate: Mapping[str, Any]
+    beta: tuple[float, ...]
+    latent: Literal["pair", "user"]
+    base_source: str
+    base_sha256: str
+    label_noise: float = 0.0
+    base_revision: str | None = None
+    base_gguf_file: str | None = None
+    dtype: str | None = "float32"
+    max_length: int | None = 1024
+    truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "beta", tuple(float(beta) for beta in self.beta))
+        if self.latent not in ("pair", "user"):
+            raise ValueError(f"latent={self.latent!r}: a trained policy has 'pair' or 'user' ('auto' is for training)")
+        if not all(beta > 0 for beta in self.beta) or not self.beta:
+            raise ValueError(f"beta={list(self.beta)}: give one positive number for each expert")
+        if not 0 <= self.label_noise < 0.5:
+            raise ValueError(f"label_noise={self.label_noise}: must be at least 0 and below 0.5")
+
+    @property
+    def num_experts(self) -> int:
+        """K."""
+        return len(self.beta)
+
+    def to_json(self) -> str:
+        """The text of `mixture_config.json`."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> PolicyConfig:
+        """Reads `to_json`'s text.
+
+        Raises:
+            ValueError: not JSON, a newer format, or missing and unknown fields.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"mixture_config.json is not JSON ({error}); restore the policy folder") from error
+        if not isinstance(values, dict):
+            raise ValueError("mixture_config.json does not hold a JSON object; restore the policy folder")
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"mixture_config.json: format_version={version!r}, this prefmix reads {FORMAT_VERSION}; "
+                "use the prefmix release that wrote it, or train again"
+            )
+        known = {entry.name for entry in fields(cls)}
+        required = {"experts", "gate", "beta", "latent", "base_source", "base_sha256"}
+        if values.keys() - known or required - values.keys():
+            raise ValueError(
+                f"mixture_config.json: unknown fields {sorted(values.keys() - known)}, "
+                f"missing fields {sorted(required - values.keys())}; use the prefmix release that wrote it"
+            )
+        return cls(**values)

@@ -1,0 +1,123 @@
+"""A folder on disk that is either the old one or the new one, intact, whenever the process dies.
+
+A folder is written under a temporary name beside its place, with a SHA-256 manifest, and every file and folder is
+forced to the disk. Then the old folder is renamed aside, the new one renamed into place, and the old one deleted. A
+kill between the two renames leaves no folder of that name, so readers go through `intact_folder`, which finds the
+complete one that waits beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+# A model card is for people, who edit it; an edited card must not make a policy unreadable.
+UNHASHED = frozenset({MANIFEST, "README.md"})
+
+
+@contextmanager
+def replacing_folder(target: Path, marker: str) -> Iterator[Path]:
+    """Yields an empty folder to fill; on a clean exit it becomes `target`, on an exception it is deleted.
+
+    Args:
+        target: the folder to make or to replace as a whole.
+        marker: a file that every folder of this kind holds; a non-empty folder without it is never replaced.
+
+    Raises:
+        ValueError: `target` is a file, or a non-empty folder of another kind.
+    """
+    target = Path(os.path.abspath(target))
+    if target.exists() and not _replaceable(target, marker):
+        raise ValueError(f"{target}: exists and is not a policy folder (no {marker}); choose another path")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.parent / f".{target.name}.new-{uuid.uuid4().hex[:8]}"
+    staging.mkdir()
+    try:
+        yield staging
+        _write_manifest(staging)
+        _sync_tree(staging)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    _swap(staging, target)
+
+
+def intact_folder(path: Path, marker: str) -> Path | None:
+    """`path` if it is such a folder, else a complete one that a killed save left beside it, else None."""
+    path = Path(os.path.abspath(path))
+    if (path / marker).is_file():
+        return path
+    if path.exists() or not path.parent.is_dir():
+        return None
+    # A killed swap leaves the complete new folder and the old one; a killed write leaves a new one without manifest.
+    for kind in ("new", "old"):
+        for candidate in sorted(path.parent.glob(f".{path.name}.{kind}-*"), key=lambda folder: folder.stat().st_mtime):
+            if (candidate / marker).is_file() and not damaged_files(candidate):
+                return candidate
+    return None
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """What is wrong with the files that the folder's manifest names: one line each, nothing if all are intact."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        entries = dict(manifest["sha256"])
+    except FileNotFoundError:
+        return [f"{MANIFEST} is missing"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{MANIFEST} cannot be read ({type(error).__name__})"]
+    problems = []
+    for name, expected in entries.items():
+        if not (folder / name).is_file():
+            problems.append(f"{name} is missing")
+        elif _sha256(folder / name) != expected:
+            problems.append(f"{name} has changed since it was saved")
+    return problems
+
+
+def _replaceable(target: Path, marker: str) -> bool:
+    return target.is_dir() and ((target / marker).is_file() or not any(target.iterdir()))
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_manifest(folder: Path) -> None:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    names = {file.relative_to(folder).as_posix(): file for file in files}
+    hashes = {name: _sha256(file) for name, file in names.items() if name not in UNHASHED}
+    (folder / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=2) + "\n", encoding="utf-8")
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder for syncing
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _swap(staging: Path, target: Path) -> None:
+    if target.exists():
+        os.rename(target, target.parent / staging.name.replace(f".{target.name}.new-", f".{target.name}.old-"))
+    os.rename(staging, target)
+    _sync(target.parent)
+    for kind in ("new", "old"):
+        for leftover in target.parent.glob(f".{target.name}.{kind}-*"):
+            shutil.rmtree(leftover, ignore_errors=True)

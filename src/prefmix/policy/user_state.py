@@ -1,0 +1,77 @@
+"""What a policy knows of each user: accumulated evidence about their expert, or their mixture weights.
+
+Legend: U users, K experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass
+class UserState:
+    """One row for each known user, in the order of `names`.
+
+    The first users are those of the training set, in the order of the gate's user indices; users that
+    `MixturePolicy.adapt` met later follow. Rows are float64: evidence is a sum over all comparisons of a user.
+
+    Attributes:
+        names: U user names.
+        log_lik: [U, K] sum over the user's comparisons of weight * log p_k, nats. The posterior under
+            `latent="user"` is softmax(gate + log_lik).
+        count: [U] sum of the weights of those comparisons.
+        log_weights: [U, K] log w_k(u), used under `latent="pair"` with a `user` gate term, where comparisons of one
+            user may come from several experts; rows of NaN where the gate's own row holds.
+    """
+
+    names: list[str]
+    log_lik: Float[Tensor, "U K"]
+    count: Float[Tensor, "U"]
+    log_weights: Float[Tensor, "U K"] = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        self.names = [str(name) for name in self.names]
+        self.log_lik = self.log_lik.detach().to("cpu", torch.float64)
+        self.count = self.count.detach().to("cpu", torch.float64)
+        if self.log_weights is None:
+            self.log_weights = torch.full_like(self.log_lik, torch.nan)
+        self.log_weights = self.log_weights.detach().to("cpu", torch.float64)
+        assert self.log_lik.shape == self.log_weights.shape and self.count.shape == self.log_lik.shape[:1]
+        assert len(self.names) == len(self.count), "one row for each user"
+        self._index = {name: row for row, name in enumerate(self.names)}
+        assert len(self._index) == len(self.names), "user names are distinct"
+
+    @classmethod
+    def empty(cls, num_experts: int, names: Sequence[str] = ()) -> UserState:
+        """Users without any evidence (their weights are the gate's)."""
+        return cls(list(names), torch.zeros(len(names), num_experts), torch.zeros(len(names)))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._index
+
+    def index(self, name: str | None) -> int:
+        """The user's row, -1 where unknown."""
+        return -1 if name is None else self._index.get(str(name), -1)
+
+    def add(self, name: str) -> int:
+        """The user's row, made without evidence where the user is new."""
+        name = str(name)
+        if name not in self._index:
+            self._index[name] = len(self.names)
+            self.names.append(name)
+            self.log_lik = torch.cat([self.log_lik, self.log_lik.new_zeros(1, self.log_lik.shape[1])])
+            self.count = torch.cat([self.count, self.count.new_zeros(1)])
+            self.log_weights = torch.cat([self.log_weights, torch.full_like(self.log_lik[-1:], torch.nan)])
+        return self._index[name]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `users/users.safetensors` holds."""
+        return {"log_lik": self.log_lik, "count": self.count, "log_weights": self.log_weights}
