@@ -1,0 +1,38 @@
+"""Per-token log-probabilities summed into per-text ones; shared by all heads.
+
+Legend: T tokens, N texts, K experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class HeadLogProbs(NamedTuple):
+    """Sequence log-probabilities, in nats, summed over the tokens of each text.
+
+    Attributes:
+        log_probs: [N, K] sum_t log softmax(logits_k(h_t))[y_t].
+        base_log_probs: [N] the same under the base head alone: the reference. Carries no gradient.
+    """
+
+    log_probs: Float[Tensor, "N K"]
+    base_log_probs: Float[Tensor, "N"]
+
+
+def sum_by_text(
+    token_log_probs: Float[Tensor, "T K"],
+    token_base: Float[Tensor, "T"],
+    segments: Int[Tensor, "T"],
+    num_texts: int,
+) -> HeadLogProbs:
+    """Adds up the tokens of each text; segments may come in any order, but every text has a token."""
+    assert segments.shape == token_base.shape
+    assert bool((torch.bincount(segments, minlength=num_texts) > 0).all()), "a text without completion tokens"
+    log_probs = token_log_probs.new_zeros(num_texts, token_log_probs.shape[1]).index_add(0, segments, token_log_probs)
+    base_log_probs = token_base.new_zeros(num_texts).index_add(0, segments, token_base)
+    return HeadLogProbs(log_probs, base_log_probs)
