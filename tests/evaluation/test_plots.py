@@ -1,0 +1,36 @@
+"""Pictures are well-formed, place everyone once, and escape what they are given."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+
+from prefmix.evaluation.plots import GLYPHS, curve_svg, group_map_svg, group_map_text, user_order
+
+RESP = np.array([[0.1, 0.9], [0.95, 0.05], [0.8, 0.2], [0.3, 0.7]])
+
+
+def test_users_are_sorted_by_expert_then_certainty() -> None:
+    np.testing.assert_array_equal(user_order(RESP), [1, 2, 0, 3])
+
+
+def test_group_map_is_xml_with_a_cell_for_every_user_and_column() -> None:
+    choices = np.array([[0.0, np.nan], [1.0, 0.5], [0.9, 1.0], [0.2, 0.1]])
+    svg = group_map_svg("A <title> & more", RESP, choices, ["tv", "pets"], [1, 0, 0, 1], ["a", "b"])
+    root = ElementTree.fromstring(svg)
+    cells = [node for node in root.iter("{http://www.w3.org/2000/svg}rect") if node.get("width") == "33.0"]
+    assert len(cells) == 8
+    assert "A <title> & more" in [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_curve_has_a_point_for_every_finite_value() -> None:
+    svg = curve_svg("t", "x", "y", {"one": [(0, 0.5), (16, 0.7)], "two": [(0, 0.4), (4, float("nan"))]})
+    circles = [node for node in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}circle")]
+    assert len(circles) == 3
+
+
+def test_text_map_shows_everyone_once_with_the_glyph_of_the_true_group() -> None:
+    text = group_map_text(RESP, [1, 0, 0, 1], width=3)
+    assert [line.split()[-1] for line in text.splitlines()] == [GLYPHS[0] * 2, GLYPHS[1] * 2]
+    assert sum(group_map_text(RESP).count(glyph) for glyph in GLYPHS) == 4
