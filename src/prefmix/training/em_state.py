@@ -1,0 +1,89 @@
+"""What EM remembers between batches: evidence of every row, responsibilities of every group.
+
+Legend: R rows of the training set, B rows of a batch, G groups, K experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from prefmix.mixture.user_evidence import UserEvidence
+
+
+class MeanResponsibility(NamedTuple):
+    """Sufficient statistics of a global gate.
+
+    Attributes:
+        mean: [K] sum_g c_g q_g / sum_g c_g, c_g how often the KL of group g counts in the bound.
+        num_groups: sum_g c_g.
+    """
+
+    mean: Float[Tensor, "K"]
+    num_groups: float
+
+
+class EMState:
+    """Running evidence and responsibilities; everything here is checkpointed and restored bit for bit.
+
+    A global gate moves to the mean of `resp` after *every* step, as incremental EM does (Neal & Hinton 1998): a group's
+    q is refreshed when the batch holds one of its rows and otherwise stays, starting from the first responsibilities.
+    Recomputing every q at every step instead would run hundreds of EM iterations of the weights an epoch against
+    likelihoods that are stale, and drive them to a corner; once an epoch would leave them behind. With one full
+    batch a step all of these are EM's M-step.
+
+    Attributes:
+        evidence: log-likelihoods of the training rows as of their last visit.
+        initial: [G, K] first responsibilities, held during the first epochs.
+        resp: [G, K] latest responsibilities.
+        group_weight: [G] n_g of the bound: summed row weights under `user`, 1 under `pair`.
+        total_weight: summed weight of the training rows.
+    """
+
+    def __init__(
+        self, group: Int[Tensor, "R"], weight: Float[Tensor, "R"], initial: Float[Tensor, "G K"], per_pair: bool
+    ) -> None:
+        num_groups, num_experts = initial.shape
+        self.evidence = UserEvidence(len(group), num_experts, group, weight, num_groups, per_pair)
+        self.initial = initial.clone()
+        self.resp = initial.clone()
+        self.total_weight = float(weight.double().sum())
+        summed = torch.zeros(num_groups, dtype=torch.float64, device=weight.device).index_add_(
+            0, group, weight.double()
+        )
+        ones = torch.ones_like(summed)
+        self.group_weight = (ones if per_pair else summed).float()
+        # Under `pair` a weight multiplies the whole bound of its row, the gate's term included.
+        self._count = summed if per_pair else ones
+        self._num_groups = float(self._count.sum())
+
+    def remember(self, group: Int[Tensor, "B"], log_q: Float[Tensor, "B K"]) -> None:
+        """Keeps the responsibilities of the groups of a batch (rows of one group carry equal ones)."""
+        self.resp[group] = log_q.exp().to(self.resp.dtype)
+
+    def mean_resp(self) -> MeanResponsibility:
+        """What the closed form of a global gate needs."""
+        mean = (self._count @ self.resp.double()) / self._num_groups
+        return MeanResponsibility(mean.to(self.resp.dtype), self._num_groups)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Plain tensors: evidence (`table`, `visited`), `initial` and `resp`."""
+        return {**self.evidence.state_dict(), "initial": self.initial.clone(), "resp": self.resp.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes what `state_dict` gave.
+
+        Raises:
+            ValueError: the state belongs to other training rows or another number of experts.
+        """
+        if state["resp"].shape != self.resp.shape:
+            raise ValueError(
+                f"the checkpoint holds responsibilities of shape {tuple(state['resp'].shape)} (groups, experts), but "
+                f"this run needs {tuple(self.resp.shape)}; resume with the same training rows, latent and num_experts"
+            )
+        self.evidence.load_state_dict(state)
+        self.initial.copy_(state["initial"])
+        self.resp.copy_(state["resp"])
