@@ -73,25 +73,25 @@ def tiny_chat_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def make_tiny_model() -> Callable[..., LlamaForCausalLM]:
-    """Builds a seeded random Llama: D=32, 2 layers, V=320, float32, evaluation mode; config fields may be overridden."""
+    """Builds a seeded random Llama: D=32, 2 layers, V=320, float32, eval mode; config fields may be overridden."""
 
     def build(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        fields: dict[str, object] = dict(
-            vocab_size=320,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=1,
-        )
+        fields: dict[str, object] = {
+            "vocab_size": 320,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "tie_word_embeddings": True,
+            "pad_token_id": 0,
+            "bos_token_id": None,
+            "eos_token_id": 1,
+        }
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = LlamaForCausalLM(LlamaConfig(**(fields | overrides)))

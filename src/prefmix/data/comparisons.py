@@ -51,8 +51,9 @@ class ComparisonTable:
         user: [B] int64, index into `users`; -1 where the row names no user.
         users: U user names, in order of first appearance (or the order of the training set, see `tokenize_rows`).
         weight: [B] float32, row weights (1 where absent).
-        group: [B] int64, index into `groups`; -1 where absent. The true group: evaluation, oracle, `init="labels"` only.
-        groups: the group names, sorted.
+        group: [B] int64, index into `groups`; -1 where absent. The true group, read by evaluation, the oracle and
+            `init="labels"` only.
+        groups: the group names, sorted (after the given ones, see `tokenize_rows`).
         metadata: B mappings; fields named `user_*` are constant within a user.
         source_row: [B] int64, the zero-based row of the input (rows that were dropped leave gaps).
         dropped: reason -> count of rows left out where TRL leaves them out too (and ties).
@@ -90,7 +91,7 @@ class ComparisonTable:
             weight=self.weight[index],
             group=self.group[index],
             groups=self.groups,
-            metadata=[self.metadata[i] for i in index],
+            metadata=[self.metadata[i] for i in index.tolist()],
             source_row=self.source_row[index],
             dropped=self.dropped,
         )
