@@ -1,0 +1,101 @@
+"""`prefmix chat POLICY --user anna`: a conversation in which the user can be changed."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from prefmix.cli.generate import add_sampling, sampling
+from prefmix.cli.loading import add_policy, load_policy
+from prefmix.cli.output import note, stdout_is_for_results
+
+if TYPE_CHECKING:
+    from prefmix.policy.mixture_policy import MixturePolicy
+
+DECODERS = ("sample", "mixture", "top")
+HELP = """/user NAME      speak as this user (/user alone: as nobody in particular)
+/decoder NAME   sample, mixture or top
+/weights        the weights of the experts for this user
+/reset          forget the conversation
+/quit           leave"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    add_policy(parser)
+    add_sampling(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Reads lines until /quit or the end of the input."""
+    options = sampling(args)
+    with stdout_is_for_results():
+        policy = load_policy(args)
+    note(f"{policy.config.num_experts} experts, {len(policy.users)} known users; /help lists commands")
+    talk = Conversation(policy, options)
+    while talk.is_open:
+        try:
+            line = input(f"{talk.options['user'] or 'you'}> ").strip()
+        except EOFError:
+            break
+        if line:
+            talk.say(line)
+
+
+class Conversation:
+    """What has been said so far, and as whom.
+
+    Attributes:
+        options: keyword arguments of `MixturePolicy.generate`.
+        messages: the conversation, where the tokenizer has a chat template; else each line stands alone.
+        is_open: false after /quit.
+    """
+
+    def __init__(self, policy: MixturePolicy, options: dict[str, Any]) -> None:
+        self.policy = policy
+        self.options = options
+        self.messages: list[dict[str, str]] = []
+        self.is_open = True
+
+    def say(self, line: str) -> None:
+        """Answers a line, or obeys it where it is a command."""
+        if line.startswith("/"):
+            self._obey(line)
+            return
+        self.messages.append({"role": "user", "content": line})
+        chats = self.policy.tokenizer.chat_template is not None
+        answer = ""
+        for piece in self.policy.generate(self.messages if chats else line, stream=True, **self.options):
+            print(piece, end="", flush=True)
+            answer += piece
+        print()
+        self.messages.append({"role": "assistant", "content": answer})
+
+    def _obey(self, line: str) -> None:
+        command, _, value = line.partition(" ")
+        value = value.strip()
+        if command in ("/quit", "/exit"):
+            self.is_open = False
+        elif command == "/user":
+            self._become(value or None)
+        elif command == "/decoder" and value in DECODERS:
+            self.options["decoder"] = value
+        elif command == "/weights":
+            print(weight_lines(self.policy, self.options["user"], self.options["metadata"]))
+        elif command == "/reset":
+            self.messages.clear()
+        else:
+            print(HELP)
+
+    def _become(self, user: str | None) -> None:
+        if user is not None and user not in self.policy.users:
+            print(f"{user} is unknown; known: {', '.join(self.policy.users.names[:8])} ... `prefmix adapt` adds a user")
+            return
+        self.options["user"] = user
+        self.messages.clear()
+
+
+def weight_lines(policy: MixturePolicy, user: str | None, metadata: dict[str, Any] | None = None) -> str:
+    """The weights of the experts as bars, one line an expert."""
+    weights = policy.weights(user=user, metadata=metadata).tolist()
+    return "\n".join(f"expert {k}  {w:6.3f}  {'#' * round(40 * w)}" for k, w in enumerate(weights))

@@ -1,0 +1,66 @@
+"""`prefmix generate POLICY --prompt ... --user anna`: one answer."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from prefmix.cli.loading import add_policy, load_policy
+from prefmix.cli.output import stdout_is_for_results
+from prefmix.cli.recipe import parse_scalar
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    add_policy(parser)
+    parser.add_argument("--prompt", help="what to answer; default: standard input")
+    add_sampling(parser)
+    parser.add_argument("--stream", action="store_true", help="print tokens as they come")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Adds who asks and how tokens are drawn."""
+    parser.add_argument("--user", help="a known user; default: the weights of the population")
+    parser.add_argument("--metadata", help="metadata of the user or row, as YAML: '{user_age: 30}'")
+    parser.add_argument(
+        "--decoder",
+        choices=("sample", "mixture", "top"),
+        default="sample",
+        help="sample: one expert for the whole answer (exact); mixture: every token from the mixture (exact); "
+        "top: the heaviest expert",
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer, in tokens")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
+    parser.add_argument("--top_p", type=float, default=1.0, help="nucleus of each expert")
+    parser.add_argument("--top_k", type=int, default=0, help="most probable tokens of each expert; 0: all")
+    parser.add_argument("--seed", type=int, help="same seed, same answer")
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `MixturePolicy.generate`.
+
+    Raises:
+        ValueError: metadata that is not a mapping.
+    """
+    metadata = None if args.metadata is None else parse_scalar(args.metadata)
+    if metadata is not None and not isinstance(metadata, dict):
+        raise ValueError(f"--metadata {args.metadata!r}: write a mapping, for example '{{user_age: 30}}'")
+    names = ("user", "decoder", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
+    return {name: getattr(args, name) for name in names} | {"metadata": metadata}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints the answer, and nothing else, on stdout."""
+    options = sampling(args)
+    prompt = args.prompt if args.prompt is not None else sys.stdin.read().strip()
+    if not prompt:
+        raise ValueError("--prompt is empty; write what to answer")
+    with stdout_is_for_results():
+        policy = load_policy(args)
+    if not args.stream:
+        print(policy.generate(prompt, **options))
+        return
+    for piece in policy.generate(prompt, stream=True, **options):
+        print(piece, end="", flush=True)
+    print()

@@ -1,0 +1,58 @@
+"""Policies and rows from the command line: cheap checks first, heavy imports after."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefmix.data.readers import read_source
+from prefmix.data.schema import check_rows
+from prefmix.policy.config import PolicyConfig
+from prefmix.policy.folder import intact_folder
+
+if TYPE_CHECKING:
+    from prefmix.policy.mixture_policy import MixturePolicy
+
+_MARKER = "mixture_config.json"
+
+
+def add_policy(parser: argparse.ArgumentParser) -> None:
+    """Adds the policy folder, and where to find and run its base model."""
+    parser.add_argument("policy", help="folder of a trained policy")
+    parser.add_argument("--base", help="the base model, where it has moved since training")
+    parser.add_argument("--device", help="cpu, cuda, mps; default: the best there is")
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Adds the rows that a verb reads."""
+    parser.add_argument("--data", required=True, help="rows (every format that `prefmix validate` reads)")
+    parser.add_argument("--split", help="which split, where the data has several")
+
+
+def load_policy(args: argparse.Namespace) -> MixturePolicy:
+    """The policy of `add_policy`'s arguments.
+
+    Raises:
+        ValueError: the folder holds no policy, a damaged one, or its base model is another one now.
+    """
+    folder = intact_folder(Path(args.policy), _MARKER)
+    if folder is None:
+        raise ValueError(
+            f"{args.policy}: no trained policy there (no {_MARKER}); train one with: prefmix train recipe.yaml"
+        )
+    PolicyConfig.from_json((folder / _MARKER).read_text(encoding="utf-8"))
+    from prefmix.policy.mixture_policy import MixturePolicy
+
+    return MixturePolicy.from_pretrained(args.policy, base=args.base, device=args.device)
+
+
+def read_checked_rows(source: str, split: str | None = None) -> list[dict[str, Any]]:
+    """Rows whose every mistake is known before a model is loaded.
+
+    Raises:
+        DataError: all mistakes, each with its row.
+    """
+    found = read_source(source, split)
+    check_rows(found.rows, where=found.where, source=found.name)
+    return found.rows

@@ -1,0 +1,25 @@
+"""`prefmix validate FILE`: are these rows what training needs?"""
+
+from __future__ import annotations
+
+import argparse
+
+from prefmix.cli.output import add_format, print_json, print_pairs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("data", help="rows: .jsonl[.gz], .json, .csv, .parquet, a datasets folder, or a hub name")
+    parser.add_argument("--split", help="which split, where the data has several")
+    add_format(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints what is in the rows, or every mistake with its row."""
+    from prefmix.data.validation import validate
+
+    report = validate(args.data, split=args.split)
+    if args.format == "json":
+        print_json(report.to_dict())
+    else:
+        print_pairs(report.to_dict(), title=f"{args.data}: rows are sound")
