@@ -26,7 +26,7 @@ def test_group_map_is_xml_with_a_cell_for_every_user_and_column() -> None:
 
 def test_curve_has_a_point_for_every_finite_value() -> None:
     svg = curve_svg("t", "x", "y", {"one": [(0, 0.5), (16, 0.7)], "two": [(0, 0.4), (4, float("nan"))]})
-    circles = [node for node in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}circle")]
+    circles = list(ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}circle"))
     assert len(circles) == 3
 
 

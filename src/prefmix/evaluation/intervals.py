@@ -71,7 +71,8 @@ def paired_difference(
     """`cluster_bootstrap` of first - second on the same comparisons: texts and people are shared, so they cancel.
 
     Args:
-        first, second: [B] figures of two models on the same comparisons.
+        first: [B] figures of one model.
+        second: [B] figures of the other model on the same comparisons.
         cluster: [B] person of each comparison.
         level: coverage.
         seed: of the draws.

@@ -125,7 +125,8 @@ def adjusted_rand_index(labels: ArrayLike, clusters: ArrayLike) -> float:
     are both trivial (one group, or all single) agree: 1.
 
     Args:
-        labels, clusters: [G] group names; which name is which does not matter.
+        labels: [G] group of each item.
+        clusters: [G] the other grouping; which name is which does not matter.
 
     Source: Hubert & Arabie 1985, equation 5.
     """
@@ -145,7 +146,8 @@ def normalized_mutual_information(labels: ArrayLike, clusters: ArrayLike) -> flo
     """I(labels; clusters) / ((H(labels) + H(clusters)) / 2), in [0, 1]; 1 when both are a single group.
 
     Args:
-        labels, clusters: [G] group names.
+        labels: [G] group of each item.
+        clusters: [G] the other grouping.
 
     Relations: not corrected for chance, unlike `adjusted_rand_index`.
     """
@@ -167,7 +169,8 @@ def matched_accuracy(labels: ArrayLike, clusters: ArrayLike) -> float:
     """Share of items whose cluster carries their label under the best one-to-one matching (Hungarian algorithm).
 
     Args:
-        labels, clusters: [G] group names. Clusters beyond the number of labels match nothing.
+        labels: [G] group of each item.
+        clusters: [G] the other grouping; clusters beyond the number of labels match nothing.
     """
     table = contingency(labels, clusters)
     rows, columns = linear_sum_assignment(table, maximize=True)
@@ -246,7 +249,9 @@ def share_of_gap_closed(mixture: float, single: float, oracle: float, gap_se: fl
     """(mixture - single) / (oracle - single), undefined when the gap is smaller than twice its standard error.
 
     Args:
-        mixture, single, oracle: accuracies on the same comparisons.
+        mixture: accuracy of the mixture.
+        single: accuracy of single DPO on the same comparisons.
+        oracle: accuracy of per-group DPO on the same comparisons.
         gap_se: standard error of oracle - single (paired, clustered by user; see `evaluation.intervals`).
     """
     gap = oracle - single

@@ -71,7 +71,8 @@ def curve_svg(title: str, x_label: str, y_label: str, curves: Mapping[str, Seque
 
     Args:
         title: heading.
-        x_label, y_label: axis labels with units.
+        x_label: label of the horizontal axis, with unit.
+        y_label: label of the vertical axis, with unit.
         curves: name -> (x, y) points.
 
     Returns:
@@ -165,9 +166,7 @@ def _box(x: float, y: float, width: float, height: float, fill: str) -> str:
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, stroke: str, width: float = 1) -> str:
-    return (
-        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{stroke}" stroke-width="{width:g}"/>'
-    )
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{stroke}" stroke-width="{width:g}"/>'
 
 
 def _text(x: float, y: float, content: str, *, size: int = 12, anchor: str = "start", rotate: float = 0) -> str:

@@ -6,7 +6,7 @@ comparisons name it. Legend: N texts, B comparisons, K experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefmix.data.comparisons import ComparisonTable, TextTable
-from prefmix.experts.interface import AbstractExperts, ExpertLogProbs, PackedStates, PaddedTexts
+from prefmix.experts.interface import AbstractExperts, ExpertLogProbs, PackedStates
 from prefmix.mixture.bradley_terry import implicit_rewards, margins, mixture_log_lik, preference_log_lik
+from prefmix.policy.text_scores import text_log_probs
 
 
 class States(Protocol):
@@ -93,7 +94,7 @@ def score_rows(
     """
     used, local = np.unique(np.stack([table.chosen, table.rejected]), return_inverse=True)
     chosen, rejected = torch.from_numpy(local.reshape(2, -1).astype(np.int64))
-    log_probs = text_log_probs(experts, table.texts, used, states=states, tokens_per_chunk=tokens_per_chunk)
+    log_probs = _text_log_probs(experts, table.texts, used, states, tokens_per_chunk)
     policy_NK, reference_NK = log_probs.log_probs.double(), log_probs.ref_log_probs.double()
     rewards_NK = implicit_rewards(policy_NK, reference_NK, torch.tensor(beta, dtype=torch.float64))
     margins_BK = margins(rewards_NK, chosen, rejected)
@@ -105,72 +106,35 @@ def score_rows(
     )
 
 
-@torch.no_grad()
-def text_log_probs(
-    experts: AbstractExperts,
-    texts: TextTable,
-    text_ids: np.ndarray,
-    *,
-    states: States | None = None,
-    tokens_per_chunk: int = 2048,
+def _text_log_probs(
+    experts: AbstractExperts, texts: TextTable, used: np.ndarray, states: States | None, tokens_per_chunk: int
 ) -> ExpertLogProbs:
-    """Log-probabilities of chosen texts under all experts, float32 on the CPU, in the order of `text_ids`.
+    if states is None:
+        return text_log_probs(experts, _subset(texts, used), tokens_per_batch=tokens_per_chunk)
+    return _cached_log_probs(experts, texts, used, states, tokens_per_chunk)
 
-    Args:
-        experts: K experts.
-        texts: the table that `text_ids` point into.
-        text_ids: [M] indices.
-        states: cached trunk states of `texts`.
-        tokens_per_chunk: see `score_rows`.
-    """
+
+@torch.no_grad()
+def _cached_log_probs(
+    experts: AbstractExperts, texts: TextTable, used: np.ndarray, states: States, tokens_per_chunk: int
+) -> ExpertLogProbs:
     device = next(experts.parameters()).device
-    was_training = experts.training
-    experts.eval()
-    log_probs = torch.empty(len(text_ids), experts.num_experts)
+    log_probs = torch.empty(len(used), experts.num_experts)
     ref_log_probs = torch.empty_like(log_probs)
-    for positions in _chunks(texts, text_ids, tokens_per_chunk, with_prompt=states is None):
-        batch = _batch(texts, text_ids[positions], states, device)
-        output = experts(batch)
+    ends = np.cumsum([len(texts.completion_ids[i]) for i in used])
+    for positions in np.split(np.arange(len(used)), np.flatnonzero(np.diff(ends // tokens_per_chunk)) + 1):
+        packed = states.gather(torch.from_numpy(used[positions]))
+        tensors = (packed[name].to(device) for name in ("hidden", "targets", "segments"))
+        output = experts(PackedStates(*tensors, len(positions)))
         log_probs[positions] = output.log_probs.float().cpu()
         ref_log_probs[positions] = output.ref_log_probs.float().cpu()
-    experts.train(was_training)
     return ExpertLogProbs(log_probs, ref_log_probs)
 
 
-def _batch(
-    texts: TextTable, text_ids: np.ndarray, states: States | None, device: torch.device
-) -> PackedStates | PaddedTexts:
-    if states is not None:
-        packed = states.gather(torch.from_numpy(text_ids))
-        return PackedStates(*(packed[name].to(device) for name in ("hidden", "targets", "segments")), len(text_ids))
-    return PaddedTexts(*(tensor.to(device) for tensor in pad_texts(texts, text_ids)))
-
-
-def pad_texts(texts: TextTable, text_ids: np.ndarray, pad_token_id: int = 0) -> PaddedTexts:
-    """Right-padded token ids of some texts; the padding token is masked, so which one it is does not matter."""
-    rows = [(list(texts.prompt_ids[i]), list(texts.completion_ids[i])) for i in text_ids]
-    longest = max(len(prompt) + len(completion) for prompt, completion in rows)
-    input_ids = torch.full((len(rows), longest), pad_token_id)
-    attention_mask, completion_mask = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-    for row, (prompt, completion) in enumerate(rows):
-        end = len(prompt) + len(completion)
-        input_ids[row, :end] = torch.tensor(prompt + completion)
-        attention_mask[row, :end] = 1
-        completion_mask[row, len(prompt) : end] = 1
-    return PaddedTexts(input_ids, attention_mask, completion_mask)
-
-
-def _chunks(texts: TextTable, text_ids: np.ndarray, budget: int, with_prompt: bool) -> Iterator[np.ndarray]:
-    """Positions into `text_ids`, texts of similar length together, each chunk within `budget` tokens."""
-    lengths = np.array(
-        [len(texts.completion_ids[i]) + (len(texts.prompt_ids[i]) if with_prompt else 0) for i in text_ids], dtype=int
+def _subset(texts: TextTable, used: np.ndarray) -> TextTable:
+    return TextTable(
+        [texts.prompt_ids[i] for i in used],
+        [texts.completion_ids[i] for i in used],
+        texts.prompt_index[used],
+        texts.prompts,
     )
-    chunk: list[int] = []
-    for position in np.argsort(lengths, kind="stable"):
-        # Lengths rise, so the newest text sets the padded width of the whole chunk.
-        if chunk and (len(chunk) + 1) * lengths[position] > budget:
-            yield np.array(chunk)
-            chunk = []
-        chunk.append(int(position))
-    if chunk:
-        yield np.array(chunk)
