@@ -118,7 +118,7 @@ def test_states_stand_in_for_token_ids_and_prompt_states_and_metadata_follow_the
 
 def test_the_dataset_gives_positions():
     table = example_table()
-    assert list(ComparisonDataset(table)[i] for i in range(2)) == [0, 1]
+    assert [ComparisonDataset(table)[i] for i in range(2)] == [0, 1]
     assert ComparisonDataset(table).latent_group.tolist() == [0, 1]
     loader = torch.utils.data.DataLoader(
         ComparisonDataset(table),

@@ -1,0 +1,139 @@
+"""Are these rows what training needs, and what is in them? Pure Python: an answer comes before torch is loaded."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from prefmix.data.readers import Source, read_source
+from prefmix.data.responses import TOKEN_COLUMNS
+from prefmix.data.schema import PreferenceRow, check_rows
+
+KNOWN_COLUMNS = (
+    *("prompt", "chosen", "rejected", "user", "group", "weight", "metadata", "tie", "tools", "chat_template_kwargs"),
+    *TOKEN_COLUMNS,
+)
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """What sound rows hold.
+
+    Attributes:
+        source: what was read.
+        rows: rows read.
+        kept: rows that training can use (before the tokenizer has its say about length).
+        dropped: reason -> rows left out (`tie`, `weight 0`).
+        form: `standard`, `conversational` or `tokenized`.
+        implicit_prompt: the prompt is the common beginning of both responses.
+        prompts: distinct prompts among the kept rows, as are all counts below.
+        texts: distinct (prompt, response) texts.
+        duplicates: rows that repeat an earlier row: same user, prompt and responses, same preference.
+        contradictions: rows that say the opposite of an earlier row of the same user.
+        both_directions: pairs of texts that some rows prefer one way and some the other, whoever judged.
+        users: distinct users.
+        rows_without_user: rows that name nobody.
+        rows_per_user_median: half of the users have at most as many rows; 0 without users, as are the next two.
+        rows_per_user_max: rows of the busiest user.
+        users_with_one_row: users whose group nothing but the gate can tell.
+        groups: distinct true groups.
+        weight_min: smallest row weight.
+        weight_max: largest row weight.
+        metadata_fields: field -> rows that have it.
+        extra_columns: columns that training does not read.
+    """
+
+    source: str
+    rows: int
+    kept: int
+    dropped: Mapping[str, int]
+    form: str
+    implicit_prompt: bool
+    prompts: int
+    texts: int
+    duplicates: int
+    contradictions: int
+    both_directions: int
+    users: int
+    rows_without_user: int
+    rows_per_user_median: float
+    rows_per_user_max: int
+    users_with_one_row: int
+    groups: int
+    weight_min: float
+    weight_max: float
+    metadata_fields: Mapping[str, int]
+    extra_columns: Sequence[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, one entry for each attribute."""
+        return asdict(self)
+
+
+def validate(source: Source, split: str | None = None) -> ValidationReport:
+    """Reads and checks rows, and counts what is in them.
+
+    Args:
+        source: everything that `readers.read_source` reads.
+        split: which split, where the source has several.
+
+    Raises:
+        DataError: all mistakes, each with place, field, value and remedy.
+    """
+    found = read_source(source, split)
+    checked = check_rows(found.rows, where=found.where, source=found.name)
+    per_user = Counter(row.attributes.user for row in checked.rows if row.attributes.user is not None)
+    weights = [row.attributes.weight for row in checked.rows]
+    columns = dict.fromkeys(column for row in found.rows for column in row)
+    return ValidationReport(
+        source=found.name,
+        rows=len(found.rows),
+        kept=len(checked.rows),
+        dropped=checked.dropped,
+        form=checked.form,
+        implicit_prompt=checked.form != "tokenized" and found.rows[0].get("prompt") is None,
+        **_count_texts(checked.rows),
+        users=len(per_user),
+        rows_without_user=sum(row.attributes.user is None for row in checked.rows),
+        rows_per_user_median=statistics.median(per_user.values()) if per_user else 0,
+        rows_per_user_max=max(per_user.values(), default=0),
+        users_with_one_row=sum(count == 1 for count in per_user.values()),
+        groups=len({row.attributes.group for row in checked.rows} - {None}),
+        weight_min=min(weights),
+        weight_max=max(weights),
+        metadata_fields=dict(Counter(key for row in checked.rows for key in row.attributes.metadata)),
+        extra_columns=[column for column in columns if column not in KNOWN_COLUMNS],
+    )
+
+
+def _count_texts(rows: Sequence[PreferenceRow]) -> dict[str, int]:
+    prompts: dict[Any, int] = {}
+    texts: dict[Any, int] = {}
+    judged: set[tuple[str | None, int, int]] = set()
+    directions: set[tuple[int, int]] = set()
+    duplicates = contradictions = 0
+    for row in rows:
+        prompt, *responses = row.responses.token_ids or row.responses[:3]
+        prompt_id = prompts.setdefault(_key(prompt), len(prompts))
+        chosen, rejected = (texts.setdefault((prompt_id, _key(text)), len(texts)) for text in responses)
+        user = row.attributes.user
+        # Without a name nobody knows whether two equal rows come from one person.
+        duplicates += user is not None and (user, chosen, rejected) in judged
+        contradictions += user is not None and (user, rejected, chosen) in judged
+        judged.add((user, chosen, rejected))
+        directions.add((chosen, rejected))
+    return {
+        "prompts": len(prompts),
+        "texts": len(texts),
+        "duplicates": duplicates,
+        "contradictions": contradictions,
+        "both_directions": sum(a < b and (b, a) in directions for a, b in directions),
+    }
+
+
+def _key(content: Any) -> str:
+    return content if isinstance(content, str) else json.dumps(content, sort_keys=True, default=repr)
