@@ -1,0 +1,68 @@
+"""One pass of the frozen trunk: padded token ids in, states at the positions that predict completion tokens out.
+
+Legend: N texts, L padded length, T completion tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prefmix.experts.interface import PackedStates, PaddedTexts
+from prefmix.experts.output_head import check_output_head
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    """Turns gradients and dropout off, in place, and checks that the model's logits come from its output head.
+
+    Raises:
+        ValueError: this model's logits cannot be shared by experts (see `output_head`).
+    """
+    model.requires_grad_(False)
+    model.eval()
+    device = model.get_output_embeddings().weight.device
+    tokens = torch.arange(4, device=device)[None]
+    with torch.no_grad():
+        logits = model(input_ids=tokens, use_cache=False).logits[0]
+    check_output_head(model, trunk_states(model, tokens, torch.ones_like(tokens))[0], logits)
+    return model
+
+
+@torch.no_grad()
+def trunk_states(
+    model: PreTrainedModel, input_ids: Int[Tensor, "N L"], attention_mask: Int[Tensor, "N L"]
+) -> Float[Tensor, "N L D"]:
+    """Final-norm states at every position; padding may stand on either side."""
+    return run_trunk(model, input_ids, attention_mask, use_cache=False).last_hidden_state
+
+
+def run_trunk(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "N M"],
+    attention_mask: Int[Tensor, "N L"],
+    **options: Any,
+) -> Any:
+    """The trunk's own output object for the last M of L positions; positions count tokens, not padding."""
+    trunk = model.get_decoder()
+    if "position_ids" in inspect.signature(trunk.forward).parameters:
+        positions = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
+        options["position_ids"] = positions[:, -input_ids.shape[1] :]
+    return trunk(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+
+def pack_completions(states: Float[Tensor, "N L D"], texts: PaddedTexts) -> PackedStates:
+    """Keeps the state before every completion token, texts one after another.
+
+    With prompt tokens p, completion tokens c and one text [p0 p1 c0 c1], the states of p1 and c0 are kept, with targets
+    c0 and c1.
+    """
+    predicts = texts.completion_mask[:, 1:].bool()
+    assert not bool(texts.completion_mask[:, 0].any()), "a completion token without a token before it"
+    text, position = predicts.nonzero(as_tuple=True)
+    targets = texts.input_ids[text, position + 1]
+    return PackedStates(states[text, position], targets, text, len(texts.input_ids))
