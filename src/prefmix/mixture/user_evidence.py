@@ -99,7 +99,7 @@ class UserEvidence:
         if state["table"].shape != self.table.shape or state["visited"].shape != self.visited.shape:
             raise ValueError(
                 f"user evidence of shape {tuple(state['table'].shape)} (rows, experts) cannot be loaded where "
-                f"{tuple(self.table.shape)} is needed. Resume with the training rows and num_experts of the interrupted run."
+                f"{tuple(self.table.shape)} is needed. Resume with the training rows and num_experts of the first run."
             )
         self.table.copy_(state["table"])
         self.visited.copy_(state["visited"])

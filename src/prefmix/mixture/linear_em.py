@@ -1,0 +1,213 @@
+"""Annealed EM for a mixture of linear Bradley-Terry rewards, batched over starts and experts.
+
+Legend: B comparisons, P features, G groups, K experts, S starts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from prefmix.mixture.posterior import group_log_lik, posterior
+from prefmix.mixture.priors import map_log_weights
+from prefmix.mixture.schedule import temperature
+
+# One pseudo-group for each expert: no weight reaches zero.
+WEIGHT_CONCENTRATION = 2.0
+HALVINGS = 6
+
+
+class ProbeData(NamedTuple):
+    """Comparisons as feature differences.
+
+    Attributes:
+        difference: [B, P] f(chosen) - f(rejected).
+        group: [B] latent group, 0..G-1.
+        weight: [B] row weights inside the group's likelihood.
+        num_groups: G; groups without rows are allowed.
+    """
+
+    difference: Float[Tensor, "B P"]
+    group: Int[Tensor, "B"]
+    weight: Float[Tensor, "B"]
+    num_groups: int
+
+    def select(self, rows: Bool[Tensor, "B"]) -> ProbeData:
+        """The rows of a mask, with the same groups."""
+        return ProbeData(self.difference[rows], self.group[rows], self.weight[rows], self.num_groups)
+
+
+class LinearEM(NamedTuple):
+    """S fits.
+
+    Attributes:
+        log_resp: [S, G, K] log q_g at the final parameters; log w for groups without rows.
+        log_weights: [S, K] log w.
+        coefficients: [S, K, P] c_k.
+        log_evidence: [S] sum_g log sum_k w_k prod_i p_ik, nats.
+        penalised: [S] log evidence - ridge/2 sum_k |c_k|^2 + sum_k (a - 1) log w_k (constants left out).
+        trace: [iterations, S] penalised evidence before each M-step; it never falls once the temperature is 1.
+    """
+
+    log_resp: Float[Tensor, "S G K"]
+    log_weights: Float[Tensor, "S K"]
+    coefficients: Float[Tensor, "S K P"]
+    log_evidence: Float[Tensor, "S"]
+    penalised: Float[Tensor, "S"]
+    trace: Float[Tensor, "iterations S"]
+
+
+def fit_linear_em(
+    data: ProbeData,
+    num_experts: int,
+    ridge: Float[Tensor, "S"],
+    *,
+    anneal: float,
+    generator: torch.Generator,
+    anneal_steps: int = 20,
+    max_steps: int = 200,
+    tolerance: float = 1e-7,
+) -> LinearEM:
+    """Generalised EM: exact E-steps (softened by a falling temperature), one safeguarded Newton step per M-step.
+
+    Args:
+        data: the comparisons.
+        num_experts: K.
+        ridge: [S] precision of the Gaussian prior of the coefficients, one for each start.
+        anneal: temperature at the first step, at least 1.
+        generator: source of the S random first responsibilities.
+        anneal_steps: steps until the temperature is 1; only during these are dead experts revived.
+        max_steps: steps in all.
+        tolerance: relative gain of the penalised evidence below which a start counts as converged.
+    """
+    starts, difference = len(ridge), data.difference
+    ridge = ridge.to(difference)
+    filled = torch.bincount(data.group, minlength=data.num_groups) > 0
+    draws = torch.empty(starts, data.num_groups, num_experts).exponential_(generator=generator).to(difference)
+    resp = draws / draws.sum(dim=-1, keepdim=True)
+    coefficients = difference.new_zeros(starts, num_experts, difference.shape[1])
+    trace: list[Tensor] = []
+    for step in range(max_steps):
+        coefficients = newton_step(data, resp, coefficients, ridge)
+        log_weights = _weights(resp, filled)
+        log_resp, evidence = expectation(data, log_weights, coefficients)
+        trace.append(evidence + log_prior(log_weights, coefficients, ridge))
+        tau = temperature(step / anneal_steps, anneal, 1.0)
+        if step < anneal_steps:
+            resp = torch.softmax(log_resp / tau, dim=-1)
+            resp, coefficients = _revive(data, resp, coefficients, filled)
+        else:
+            resp = log_resp.exp()
+        if step > anneal_steps and bool((trace[-1] - trace[-2] <= tolerance * trace[-1].abs()).all()):
+            break
+    return LinearEM(log_resp, log_weights, coefficients, evidence, trace[-1], torch.stack(trace))
+
+
+def expectation(
+    data: ProbeData, log_weights: Float[Tensor, "S K"], coefficients: Float[Tensor, "S K P"]
+) -> tuple[Float[Tensor, "S G K"], Float[Tensor, "S"]]:
+    """Log posterior of every group and the summed log evidence, for all starts at once."""
+    starts, num_experts, _ = coefficients.shape
+    log_lik = logsigmoid(data.difference @ coefficients.flatten(0, 1).T)
+    grouped = group_log_lik(log_lik, data.group, data.num_groups, data.weight)
+    result = posterior(log_weights.repeat(data.num_groups, 1), grouped.view(data.num_groups * starts, num_experts))
+    log_resp = result.log_resp.view(data.num_groups, starts, num_experts).transpose(0, 1)
+    return log_resp, result.log_evidence.view(data.num_groups, starts).sum(dim=0)
+
+
+def log_prior(
+    log_weights: Float[Tensor, "S K"], coefficients: Float[Tensor, "S K P"], ridge: Float[Tensor, "S"]
+) -> Float[Tensor, "S"]:
+    """Log prior of coefficients and weights up to constants: -ridge/2 sum |c|^2 + (a - 1) sum log w, nats."""
+    gaussian = -0.5 * ridge * coefficients.square().sum(dim=(1, 2))
+    return gaussian + (WEIGHT_CONCENTRATION - 1.0) * log_weights.sum(dim=1)
+
+
+def newton_step(
+    data: ProbeData,
+    resp: Float[Tensor, "S G K"],
+    coefficients: Float[Tensor, "S K P"],
+    ridge: Float[Tensor, "S"],
+) -> Float[Tensor, "S K P"]:
+    """One Newton step of every expert's q-weighted logistic regression, halved until its objective does not fall.
+
+    The objective is sum_i a_i q_gk log sigmoid(c_k . d_i) - ridge/2 |c_k|^2, concave in c_k.
+    """
+    starts, num_experts, num_features = coefficients.shape
+    flat = coefficients.flatten(0, 1)
+    penalty = ridge.repeat_interleave(num_experts)
+    row_weight = resp.transpose(0, 1).flatten(1)[data.group] * data.weight.unsqueeze(1)
+    margin = data.difference @ flat.T
+    wrong = torch.sigmoid(-margin)
+    gradient = (row_weight * wrong).T @ data.difference - penalty.unsqueeze(1) * flat
+    curvature = row_weight * wrong * (1.0 - wrong)
+    # One product per start and expert: a batched one would hold S K copies of the differences.
+    hessian = torch.stack([data.difference.T @ (data.difference * column.unsqueeze(1)) for column in curvature.T])
+    hessian.diagonal(dim1=1, dim2=2).add_(penalty.unsqueeze(1))
+    direction = torch.linalg.solve(hessian, gradient.unsqueeze(2)).squeeze(2)
+    moved = _backtrack(data, row_weight, penalty, flat, direction, margin)
+    return moved.view(starts, num_experts, num_features)
+
+
+def _backtrack(
+    data: ProbeData,
+    row_weight: Float[Tensor, "B SK"],
+    penalty: Float[Tensor, "SK"],
+    flat: Float[Tensor, "SK P"],
+    direction: Float[Tensor, "SK P"],
+    margin: Float[Tensor, "B SK"],
+) -> Float[Tensor, "SK P"]:
+    """Halves the step of the experts whose objective fell; an expert that cannot improve stays."""
+
+    def objective(c: Tensor, m: Tensor) -> Tensor:
+        return (row_weight * logsigmoid(m)).sum(dim=0) - 0.5 * penalty * c.square().sum(dim=1)
+
+    before = objective(flat, margin)
+    margin_step = data.difference @ direction.T
+    size = torch.ones_like(penalty)
+    for _ in range(HALVINGS):
+        fell = objective(flat + size.unsqueeze(1) * direction, margin + size * margin_step) < before
+        if not fell.any():
+            break
+        size = torch.where(fell, 0.5 * size, size)
+    else:
+        fell = objective(flat + size.unsqueeze(1) * direction, margin + size * margin_step) < before
+        size = torch.where(fell, 0.0, size)
+    return flat + size.unsqueeze(1) * direction
+
+
+def _weights(resp: Float[Tensor, "S G K"], filled: Bool[Tensor, "G"]) -> Float[Tensor, "S K"]:
+    """Dirichlet MAP of the weights; groups without rows have no vote."""
+    counts = resp[:, filled].sum(dim=1)
+    return map_log_weights(counts, counts.new_full((counts.shape[1],), WEIGHT_CONCENTRATION))
+
+
+def _revive(
+    data: ProbeData,
+    resp: Float[Tensor, "S G K"],
+    coefficients: Float[Tensor, "S K P"],
+    filled: Bool[Tensor, "G"],
+) -> tuple[Float[Tensor, "S G K"], Float[Tensor, "S K P"]]:
+    """Gives an expert that lost its groups those that the others explain worst, and starts it at zero."""
+    num_experts = resp.shape[2]
+    usage = resp[:, filled].sum(dim=1)
+    dead = usage < 0.1 * float(filled.sum()) / num_experts
+    if not dead.any():
+        return resp, coefficients
+    resp, coefficients = resp.clone(), coefficients.clone()
+    log_lik = logsigmoid(data.difference @ coefficients.flatten(0, 1).T)
+    row_weight = group_log_lik(data.weight.unsqueeze(1), data.group, data.num_groups)
+    mean = group_log_lik(log_lik, data.group, data.num_groups, data.weight) / row_weight
+    mean = mean.view(data.num_groups, *resp.shape[::2])
+    taken = max(1, int(filled.sum()) // (2 * num_experts))
+    for s, k in dead.nonzero().tolist():
+        explained = (resp[s] * mean[:, s]).sum(dim=1).masked_fill(~filled, torch.inf)
+        worst = explained.nan_to_num(nan=torch.inf).topk(taken, largest=False).indices
+        resp[s, worst] = 0.0
+        resp[s, worst, k] = 1.0
+        coefficients[s, k] = 0.0
+    return resp, coefficients

@@ -1,0 +1,204 @@
+"""The probe: a user-level mixture of linear Bradley-Terry rewards, fitted in seconds by annealed EM.
+
+    r_k(y) = c_k . f(y),   p(y_w > y_l | z = k) = sigmoid(c_k . [f(y_w) - f(y_l)]),   one z per group
+
+It finds the groups before a single expert is trained: experts that can memorise confirm their own first guesses, a
+linear reward under a ridge cannot. Its answer is the diagnosis, the first responsibilities, and a baseline that the
+experts must beat. Source: method section 3b; Ueda & Nakano 1998 for the annealing. The ridge is chosen
+on held-out training rows.
+
+Legend: N texts, P features, B comparisons, G groups, K experts, S starts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from prefmix.mixture.bradley_terry import mixture_log_lik, preference_log_lik
+from prefmix.mixture.linear_em import LinearEM, ProbeData, fit_linear_em
+from prefmix.mixture.posterior import posterior
+from prefmix.mixture.precision import at_least_float32
+
+RIDGE_GRID = (1.0, 4.0, 16.0, 64.0, 256.0)
+
+
+class ProbeResult(NamedTuple):
+    """The best of several starts.
+
+    Attributes:
+        log_resp: [G, K] log q_g; the weights themselves for groups without comparisons.
+        log_weights: [K] log w, smoothed by the Dirichlet prior, experts by falling weight.
+        coefficients: [K, P] linear rewards, nats for a unit of feature.
+        log_evidence: sum_g log sum_k w_k prod_i p_ik, nats.
+        penalised: log evidence + log prior of coefficients and weights; what chose the start.
+        restart_evidences: [S] penalised evidence of every start.
+        restart_log_resp: [S, G, K] responsibilities of every start: their agreement is a diagnosis.
+        ridge: the precision of the coefficients' prior that was used.
+    """
+
+    log_resp: Float[Tensor, "G K"]
+    log_weights: Float[Tensor, "K"]
+    coefficients: Float[Tensor, "K P"]
+    log_evidence: float
+    penalised: float
+    restart_evidences: Float[Tensor, "S"]
+    restart_log_resp: Float[Tensor, "S G K"]
+    ridge: float
+
+
+def fit_probe(
+    features: Float[Tensor, "N P"],
+    chosen: Int[Tensor, "B"],
+    rejected: Int[Tensor, "B"],
+    group: Int[Tensor, "B"],
+    num_groups: int,
+    num_experts: int,
+    *,
+    weight: Float[Tensor, "B"] | None = None,
+    restarts: int = 8,
+    ridge: float | None = None,
+    anneal: float = 4.0,
+    generator: torch.Generator | None = None,
+) -> ProbeResult:
+    """Fits the mixture from several random starts and keeps the best.
+
+    Args:
+        features: [N, P] standardised features of the texts (`features.pool_features`).
+        chosen: [B] index of the preferred text.
+        rejected: [B] index of the other text.
+        group: [B] latent group of each comparison, 0..G-1.
+        num_groups: G.
+        num_experts: K, at least 1.
+        weight: [B] row weights inside the group's likelihood; None for ones.
+        restarts: S, number of starts.
+        ridge: precision of the Gaussian prior of the coefficients; None chooses it on held-out rows.
+        anneal: temperature of the responsibilities at the start; 1 is plain EM.
+        generator: source of the starts; None seeds one with 0.
+
+    Returns:
+        ProbeResult in float32.
+    """
+    generator = generator or torch.Generator().manual_seed(0)
+    data = _probe_data(features, chosen, rejected, group, num_groups, weight)
+    if ridge is None:
+        ridge = choose_ridge(data, num_experts, anneal=anneal, generator=generator)
+    starts = 1 if num_experts == 1 else restarts
+    fit = fit_linear_em(data, num_experts, torch.full((starts,), ridge), anneal=anneal, generator=generator)
+    return _best_start(fit, ridge)
+
+
+def probe_predict(
+    features: Float[Tensor, "N P"],
+    chosen: Int[Tensor, "B"],
+    rejected: Int[Tensor, "B"],
+    coefficients: Float[Tensor, "K P"],
+    log_weights: Float[Tensor, "B K"],
+) -> Float[Tensor, "B"]:
+    """Probability that the chosen text wins: sum_k w_k sigmoid(c_k . d).
+
+    Args:
+        features: [N, P] features of the texts, by the projector of the training texts.
+        chosen: [B] index of the preferred text.
+        rejected: [B] index of the other text.
+        coefficients: [K, P] of a `ProbeResult`.
+        log_weights: [B, K] log w of each row: the probe's weights for the population, `probe_posterior` for a user
+            whose *other* comparisons are known.
+    """
+    log_lik = probe_log_lik(features, chosen, rejected, coefficients)
+    return mixture_log_lik(log_weights, log_lik).exp()
+
+
+def probe_log_lik(
+    features: Float[Tensor, "N P"],
+    chosen: Int[Tensor, "B"],
+    rejected: Int[Tensor, "B"],
+    coefficients: Float[Tensor, "K P"],
+) -> Float[Tensor, "B K"]:
+    """Log p_ik of every comparison under every linear reward, nats."""
+    features = at_least_float32(features)
+    return preference_log_lik((features[chosen] - features[rejected]) @ coefficients.to(features.dtype).T)
+
+
+def choose_ridge(
+    data: ProbeData,
+    num_experts: int,
+    *,
+    anneal: float,
+    generator: torch.Generator,
+    grid: tuple[float, ...] = RIDGE_GRID,
+    starts: int = 4,
+) -> float:
+    """The ridge with the best held-out log-likelihood, by two-fold cross-validation over rows within groups.
+
+    Held-out rows are scored with the posterior of the same group's other rows. The mixture itself is fitted, not one
+    linear reward: where groups are opposed, one reward explains nothing at any ridge and would choose the largest.
+    Only training rows are used.
+    """
+    num_rows = len(data.group)
+    fold = _folds_within_groups(data.group, generator)
+    score = torch.zeros(len(grid))
+    ridges = torch.tensor(grid).repeat_interleave(starts)
+    for held_out in (0, 1):
+        train, test = data.select(fold != held_out), data.select(fold == held_out)
+        if len(test.group) == 0 or len(train.group) == 0:
+            continue
+        fit = fit_linear_em(train, num_experts, ridges, anneal=anneal, generator=generator)
+        best = fit.penalised.view(len(grid), starts).argmax(dim=1) + torch.arange(len(grid)) * starts
+        score += _held_out_log_lik(fit, best, test)
+    assert num_rows > 0
+    return grid[int(score.argmax())]
+
+
+def _held_out_log_lik(fit: LinearEM, start: Int[Tensor, "C"], test: ProbeData) -> Float[Tensor, "C"]:
+    """Summed log predictive probability of test rows, one row at a time given the group's training rows."""
+    scores = []
+    for s in start.tolist():
+        log_lik = preference_log_lik(test.difference @ fit.coefficients[s].T)
+        scores.append((posterior(fit.log_resp[s][test.group], log_lik).log_evidence * test.weight).sum())
+    return torch.stack(scores)
+
+
+def _folds_within_groups(group: Int[Tensor, "B"], generator: torch.Generator) -> Int[Tensor, "B"]:
+    """[B] 0 or 1, alternating over the shuffled rows of every group."""
+    shuffled = torch.randperm(len(group), generator=generator)
+    rows = shuffled[torch.argsort(group[shuffled], stable=True)]
+    fold = torch.empty_like(group)
+    fold[rows] = torch.arange(len(group)) % 2
+    return fold
+
+
+def _probe_data(
+    features: Float[Tensor, "N P"],
+    chosen: Int[Tensor, "B"],
+    rejected: Int[Tensor, "B"],
+    group: Int[Tensor, "B"],
+    num_groups: int,
+    weight: Float[Tensor, "B"] | None,
+) -> ProbeData:
+    features = at_least_float32(features)
+    if len(chosen) == 0:
+        raise ValueError("the probe got no comparisons: give at least one training row.")
+    if not torch.isfinite(features).all():
+        raise ValueError("the probe's features hold NaN or Inf: check the trunk states of the training texts.")
+    row_weight = torch.ones(len(chosen)) if weight is None else weight
+    return ProbeData(features[chosen] - features[rejected], group, row_weight.to(features.dtype), num_groups)
+
+
+def _best_start(fit: LinearEM, ridge: float) -> ProbeResult:
+    """Keeps the start with the largest penalised evidence, its experts sorted by weight."""
+    best = int(fit.penalised.argmax())
+    order = fit.log_weights[best].argsort(descending=True, stable=True)
+    return ProbeResult(
+        log_resp=fit.log_resp[best][:, order],
+        log_weights=fit.log_weights[best][order],
+        coefficients=fit.coefficients[best][order],
+        log_evidence=float(fit.log_evidence[best]),
+        penalised=float(fit.penalised[best]),
+        restart_evidences=fit.penalised,
+        restart_log_resp=fit.log_resp,
+        ridge=ridge,
+    )
