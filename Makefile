@@ -37,7 +37,7 @@ demo: setup  ## the main job on real rows and a real language model, about ten m
 	$(BIN)/prefmix demo
 
 test: setup  ## the whole suite
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 lint: setup  ## style and types
 	$(BIN)/ruff check .

@@ -1,8 +1,8 @@
 """Every field that a recipe may set, with type, default and help, known without importing torch.
 
-Four sources, later ones losing to earlier ones where names meet: the run's data and model (here), `MixtureOptions` and
-`RunOptions` (`training/options.py`), and `transformers.TrainingArguments`, whose source text is parsed because importing
-it takes seconds.
+Four sources, the earlier one winning where names meet: the run's data and model (here), `MixtureOptions` and
+`RunOptions` (`training/options.py`), and `transformers.TrainingArguments`, whose source text is parsed because
+importing it takes seconds.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class RunFields:
     )
     train_data: str | None = field(
         default=None,
-        metadata={"help": "Training comparisons: .jsonl[.gz], .json, .csv, .parquet, a datasets folder, or a hub name."},
+        metadata={"help": "Training comparisons: .jsonl[.gz], .json, .csv, .parquet, a datasets folder, a hub name."},
     )
     train_split: str | None = field(default=None, metadata={"help": "Split of train_data where it has several."})
     eval_data: str | None = field(

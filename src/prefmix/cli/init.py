@@ -46,7 +46,10 @@ def run(args: argparse.Namespace) -> None:
 def recipe_text(values: dict[str, Any]) -> str:
     """A recipe with `values` set and every other field of ours as a comment."""
     fields = all_fields()
-    lines = ["# A recipe for `prefmix train`. Any field can be overridden: prefmix train recipe.yaml --num_experts 2", ""]
+    lines = [
+        "# A recipe for `prefmix train`. Any field can be overridden: prefmix train recipe.yaml --num_experts 2",
+        "",
+    ]
     for name, value in values.items():
         lines += _entry(fields[name], value, commented=value is None)
     lines += ["", "# --- defaults, each with its meaning; remove the # to change one ---", ""]

@@ -27,6 +27,16 @@ _IS_KIND = {
     "dict": lambda value: isinstance(value, dict),
     "list": lambda value: isinstance(value, list),
 }
+# What users of TRL's scripts write, and our name for it.
+_RENAMED = {
+    "model_name_or_path": "model",
+    "dataset_name": "train_data",
+    "dataset_train_split": "train_split",
+    "dataset_test_split": "eval_split",
+    "train_dataset": "train_data",
+    "eval_dataset": "eval_data",
+    "lora_r": "expert_rank",
+}
 _PLAIN = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "None": "null"}
 
 
@@ -96,6 +106,8 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any], required: Itera
 
 def suggestion(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the nearest known name, or nothing."""
+    if name in _RENAMED:
+        return f" (here it is {_RENAMED[name]!r})"
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 

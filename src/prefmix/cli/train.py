@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from prefmix.cli.output import add_format, print_json, print_pairs, stdout_is_for_results
-from prefmix.cli.recipe import Recipe, load_recipe
+from prefmix.cli.recipe import load_recipe
 from prefmix.cli.train_help import HelpAction, add_field_flags, overrides
 
 REQUIRED = ("model", "train_data", "output_dir")

@@ -24,7 +24,9 @@ def add_field_flags(parser: argparse.ArgumentParser) -> None:
     for doc in all_fields().values():
         nargs: str | None = "+" if doc.is_list else "?" if doc.is_bool else None
         const = "true" if nargs == "?" else None
-        parser.add_argument(f"--{doc.name}", nargs=nargs, const=const, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        parser.add_argument(
+            f"--{doc.name}", nargs=nargs, const=const, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
