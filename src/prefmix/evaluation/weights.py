@@ -43,10 +43,8 @@ def known_user_log_weights(
     if latent == "user":
         offsets = users.log_lik[index]
     else:
-        in_gate = index < len(gate.user)
-        own = gate.user_offsets(torch.where(in_gate, index, -1)).detach().double()
-        adapted = users.log_weights[index] - gate.population_log_weights().detach().double()
-        offsets = torch.where(adapted.isnan(), own, adapted)
+        # The gate has a row for every user of the policy, those that `adapt` met included.
+        offsets = gate.user_offsets(index).detach().double()
     offsets = torch.where(known.unsqueeze(1), offsets, 0.0)
     return torch.log_softmax(gate_log_weights.double() + offsets, dim=-1)
 

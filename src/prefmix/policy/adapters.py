@@ -1,8 +1,8 @@
 """An expert with a low-rank head as a PEFT adapter on `lm_head`, so that anyone can load one expert alone.
 
-The logits of expert k are W h + W U_k V_k h (`head="hidden"`) or W h + U_k V_k h (`head="logit"`), with V_k [r, D]. LoRA adds
-(alpha / r) B A h, so A = V_k, B = W U_k (or U_k) and alpha = r. The adapter is a copy for others: this package reads
-`head.safetensors`.
+The logits of expert k are W h + W U_k V_k h (`head="hidden"`) or W h + U_k V_k h (`head="logit"`), with V_k [r, D].
+LoRA adds (alpha / r) B A h, so A = V_k, B = W U_k (or U_k) and alpha = r. The adapter is a copy for others: this
+package reads `head.safetensors`.
 """
 
 from __future__ import annotations

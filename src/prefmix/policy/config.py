@@ -15,8 +15,6 @@ class PolicyConfig:
     """Everything but tensors that a `MixturePolicy` is made of; JSON on disk.
 
     Attributes:
-        experts: `AbstractExperts.describe()`: kind, number, head and rank, from which untrained experts are rebuilt.
-        gate: `Gate.describe()`: terms and sizes, from which an untrained gate is rebuilt.
         beta: K values, the beta_k of the implicit reward r_k = beta_k (log pi_k - log pi_ref).
         latent: what carries one expert, a comparison (`pair`) or a user (`user`).
         base_source: hub name or folder of the base model; `./base` where the policy folder holds a copy.
@@ -27,12 +25,13 @@ class PolicyConfig:
         dtype: type that the base model runs in, as torch names it (`float32`); null: its own.
         max_length: longest prompt plus completion at training, tokens; longer texts are cut in the same way.
         truncation_mode: which end of a long text stays.
+        experts: `AbstractExperts.describe()`: kind, number, head and rank, from which untrained experts are rebuilt.
+            `MixturePolicy` fills it in.
+        gate: `Gate.describe()`: terms and sizes, from which an untrained gate is rebuilt; filled in likewise.
         provenance: data hash, seed, versions, hardware: JSON values for the reader, never read by the code.
         format_version: of the folder's layout.
     """
 
-    experts: Mapping[str, Any]
-    gate: Mapping[str, Any]
     beta: tuple[float, ...]
     latent: Literal["pair", "user"]
     base_source: str
@@ -43,6 +42,8 @@ class PolicyConfig:
     dtype: str | None = "float32"
     max_length: int | None = 1024
     truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
+    experts: Mapping[str, Any] = field(default_factory=dict)
+    gate: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 

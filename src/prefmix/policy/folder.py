@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+CONFIG_FILE = "mixture_config.json"
 MANIFEST = "manifest.json"
 # A model card is for people, who edit it; an edited card must not make a policy unreadable.
 UNHASHED = frozenset({MANIFEST, "README.md"})
@@ -47,6 +48,21 @@ def replacing_folder(target: Path, marker: str) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     _swap(staging, target)
+
+
+def find_policy(path: str | Path) -> Path:
+    """The policy folder that `path` means: itself, its subfolder `policy`, or what a killed save left beside it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for candidate in (Path(path), Path(path) / "policy"):
+        found = intact_folder(candidate, marker=CONFIG_FILE)
+        if found is not None:
+            return found
+    raise ValueError(
+        f"{path}: no policy here (no {CONFIG_FILE}); give the folder that training or save_pretrained wrote"
+    )
 
 
 def intact_folder(path: Path, marker: str) -> Path | None:

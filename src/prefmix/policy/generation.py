@@ -4,10 +4,10 @@ Legend: B prompts, M <= B unfinished sequences, K experts, V vocabulary, t the t
 
     p(y_t | y_<t) = sum_k rho_k(t) pi_k(y_t | y_<t),    rho_k(t) proportional to w_k pi_k(y_<t | x)
 
-Every decoder is this recursion with another start rho(0): the weights w (`mixture`), one expert drawn from w (`sample`), or the heaviest
-expert (`top`). A one-hot rho stays one-hot, so `sample` and `mixture` draw from one distribution over responses. Temperature, top-k,
-top-p and the repetition penalty act on each expert's own logits before mixing, and rho moves with the processed
-probabilities.
+Every decoder is this recursion with another start rho(0): the weights w (`mixture`), one expert drawn from w
+(`sample`), or the heaviest expert (`top`). A one-hot rho stays one-hot, so `sample` and `mixture` draw from one
+distribution over responses. Temperature, top-k, top-p and the repetition penalty act on each expert's own logits before
+mixing, and rho moves with the processed probabilities.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ DECODERS: dict[str, Callable[[Float[Tensor, "B K"], torch.Generator], Float[Tens
 
 
 def mix(log_rho: Float[Tensor, "M K"], log_probs: Float[Tensor, "M K V"]) -> Float[Tensor, "M V"]:
-    """log p(y_t | y_<t) = log sum_k rho_k pi_k(y_t | y_<t), nats; -inf where every expert says -inf."""
+    """Log p(y_t | y_<t) = log sum_k rho_k pi_k(y_t | y_<t), nats; -inf where every expert says -inf."""
     if log_probs.shape[1] == 1:
         return log_probs[:, 0]
     return torch.logsumexp(log_rho.to(log_probs.dtype)[:, :, None] + log_probs, dim=1)
@@ -138,7 +138,7 @@ def update_log_rho(
 def expert_log_probs(
     logits: Float[Tensor, "M K V"], tokens_read: Int[Tensor, "M L"], processors: LogitsProcessorList
 ) -> Float[Tensor, "M K V"]:
-    """log pi_k(. | y_<t) of every expert after its own logits were processed, nats."""
+    """Log pi_k(. | y_<t) of every expert after its own logits were processed, nats."""
     if processors:
         num_experts = logits.shape[1]
         repeated = tokens_read.repeat_interleave(num_experts, dim=0)
@@ -175,7 +175,9 @@ def decode(
     decoder = experts.decoder(input_ids, attention_mask, used.tolist() if len(used) < num_experts else None)
     log_rho = log_rho.double()[:, used]
     processors, eos = options.processors(), torch.tensor(sorted(eos_token_ids), device=input_ids.device)
-    rows, tokens_read = torch.arange(len(input_ids), device=input_ids.device), input_ids
+    rows = torch.arange(len(input_ids), device=input_ids.device)
+    # Padding is often the end-of-sequence token, which the repetition penalty must not take for one that was read.
+    tokens_read = torch.where(attention_mask == 1, input_ids, input_ids[:, -1:])
     for position in range(options.max_new_tokens):
         log_probs = expert_log_probs(decoder.logits(), tokens_read, processors)
         mixed = mix(log_rho, log_probs)

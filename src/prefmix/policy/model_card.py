@@ -29,8 +29,8 @@ library_name: prefmix
 # A mixture of {num_experts} expert policies
 
 {num_experts} policies over one frozen base model, trained from preferences with
-[arXiv 2510.08256](https://arxiv.org/abs/2510.08256) by prefmix. One expert answers one response; which one is drawn from
-the weights of the user and the prompt.
+[arXiv 2510.08256](https://arxiv.org/abs/2510.08256) by prefmix. One expert writes one response; which one is drawn
+from the weights of the user and the prompt.
 
 ```python
 from prefmix import MixturePolicy
@@ -85,7 +85,9 @@ def model_card(config: PolicyConfig, users: UserState | None) -> str:
         num_experts=config.num_experts,
         rows="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
         users_line=_users_line(users, gate_terms),
-        adapters_line="Each `expert_k/` is also a PEFT adapter on `lm_head` that can be loaded alone." if low_rank else "",
+        adapters_line="Each `expert_k/` is also a PEFT adapter on `lm_head` that can be loaded alone."
+        if low_rank
+        else "",
         provenance=json.dumps(dict(config.provenance), indent=2, ensure_ascii=False),
         citation=CITATION,
     )

@@ -12,7 +12,6 @@ Layout:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,17 +24,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefmix.data.users import MetadataEncoder
 from prefmix.experts.base_model import BaseModel, load_base
-from prefmix.experts.interface import AbstractExperts
+from prefmix.experts.build import build_experts
 from prefmix.experts.shared_base import SharedBaseExperts
 from prefmix.mixture.gates import Gate
 from prefmix.policy.adapters import write_adapter
 from prefmix.policy.config import PolicyConfig
-from prefmix.policy.folder import damaged_files, intact_folder, replacing_folder
+from prefmix.policy.folder import CONFIG_FILE, damaged_files, find_policy, replacing_folder
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.policy.model_card import model_card
 from prefmix.policy.user_state import UserState
 
-CONFIG_FILE = "mixture_config.json"
 BASE_COPY = "./base"
 
 
@@ -57,21 +55,13 @@ class PolicyParts(NamedTuple):
     metadata_encoder: MetadataEncoder | None
 
 
-def _shared_base(base: PreTrainedModel, description: dict[str, Any]) -> AbstractExperts:
-    fields = {name: value for name, value in description.items() if name in ("num_experts", "head", "rank")}
-    return SharedBaseExperts(base, **fields)
-
-
-EXPERT_KINDS: dict[str, Callable[[PreTrainedModel, dict[str, Any]], AbstractExperts]] = {"shared_base": _shared_base}
-
-
 def write_policy(path: str | Path, parts: PolicyParts, *, user_state: bool = True) -> None:
     """Writes or replaces a policy folder atomically.
 
     Args:
         path: the folder; an existing policy there is replaced, anything else is refused.
         parts: what to write.
-        user_state: whether names and evidence of users are written (rows of the gate's user term always are).
+        user_state: whether anything about single users is written: names, evidence, rows of the gate's user term.
 
     Raises:
         ValueError: `path` holds something that is not a policy.
@@ -84,10 +74,7 @@ def write_policy(path: str | Path, parts: PolicyParts, *, user_state: bool = Tru
             (folder / f"expert_{expert}").mkdir()
             _save(parts.model.experts.expert_state(expert), folder / f"expert_{expert}" / "head.safetensors")
             write_adapter(parts.model.experts, expert, folder / f"expert_{expert}", config.base_source)
-        (folder / "gate").mkdir()
-        _save(parts.model.gate.state_dict(), folder / "gate" / "gate.safetensors")
-        if parts.metadata_encoder is not None:
-            _write_json(folder / "gate" / "metadata.json", parts.metadata_encoder.to_dict())
+        config = _write_gate(parts, config, folder, user_state)
         if user_state:
             (folder / "users").mkdir()
             _write_json(folder / "users" / "users.json", parts.users.names)
@@ -95,19 +82,6 @@ def write_policy(path: str | Path, parts: PolicyParts, *, user_state: bool = Tru
         parts.tokenizer.save_pretrained(str(folder))
         (folder / "README.md").write_text(model_card(config, parts.users if user_state else None), encoding="utf-8")
         (folder / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
-
-
-def find_policy(path: str | Path) -> Path:
-    """The policy folder that `path` means: itself, its subfolder `policy`, or what a killed save left beside it.
-
-    Raises:
-        ValueError: there is none.
-    """
-    for candidate in (Path(path), Path(path) / "policy"):
-        found = intact_folder(candidate, marker=CONFIG_FILE)
-        if found is not None:
-            return found
-    raise ValueError(f"{path}: no policy here (no {CONFIG_FILE}); give the folder that save_pretrained or train wrote")
 
 
 def read_policy(
@@ -145,10 +119,7 @@ def read_policy(
 
 
 def _load_model(folder: Path, config: PolicyConfig, base: PreTrainedModel) -> MixtureModel:
-    kind = config.experts.get("kind")
-    if kind not in EXPERT_KINDS:
-        raise ValueError(f"{folder}: experts of kind {kind!r}, this prefmix knows {sorted(EXPERT_KINDS)}; update prefmix")
-    experts = EXPERT_KINDS[kind](base, dict(config.experts))
+    experts = build_experts(base, config.experts)
     for expert in range(config.num_experts):
         experts.load_expert_state(expert, _load(folder / f"expert_{expert}" / "head.safetensors"))
     gate = Gate(**config.gate)
@@ -192,15 +163,26 @@ def _can_be_found_again(source: str) -> bool:
 
 def _copy_base(parts: PolicyParts, folder: Path) -> PolicyConfig:
     """Writes the base model into the policy folder and returns the config that points there."""
-    base = getattr(parts.model.experts, "base_model", None)
-    assert isinstance(base, PreTrainedModel), "experts over a shared base hold it as base_model"
-    base.save_pretrained(str(folder / "base"))
+    assert isinstance(parts.model.experts, SharedBaseExperts), "only experts over a shared base have one to copy"
+    parts.model.experts.base_model.save_pretrained(str(folder / "base"))
     parts.tokenizer.save_pretrained(str(folder / "base"))
     dtype = getattr(torch, parts.config.dtype) if parts.config.dtype else None
     copied = load_base(folder / "base", dtype=dtype)
     return replace(
         parts.config, base_source=BASE_COPY, base_sha256=copied.sha256, base_revision=None, base_gguf_file=None
     )
+
+
+def _write_gate(parts: PolicyParts, config: PolicyConfig, folder: Path, user_state: bool) -> PolicyConfig:
+    """Writes the gate and returns the config that describes what was written."""
+    state, description = parts.model.gate.state_dict(), parts.model.gate.describe()
+    if "user" in state and not user_state:
+        state["user"], description["num_users"] = state["user"][:0], 0
+    (folder / "gate").mkdir()
+    _save(state, folder / "gate" / "gate.safetensors")
+    if parts.metadata_encoder is not None:
+        _write_json(folder / "gate" / "metadata.json", parts.metadata_encoder.to_dict())
+    return replace(config, gate=description)
 
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:

@@ -8,9 +8,9 @@ from transformers import PreTrainedTokenizerBase
 class TextStream:
     """Decodes one token after another.
 
-    Only the last few tokens are decoded again at each step: those since the last piece, preceded by the piece's own tokens, because
-    a tokenizer may write a token differently at the start of a text. A piece waits while its last character is
-    incomplete (U+FFFD: bytes of one character may be spread over several tokens).
+    Only the last few tokens are decoded again at each step: those since the last piece, preceded by the piece's own
+    tokens, because a tokenizer may write a token differently at the start of a text. A piece waits while its last
+    character is incomplete (U+FFFD: bytes of one character may be spread over several tokens).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

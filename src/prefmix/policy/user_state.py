@@ -1,4 +1,4 @@
-"""What a policy knows of each user: accumulated evidence about their expert, or their mixture weights.
+"""What a policy knows of each user: accumulated evidence about their expert, and how many comparisons they gave.
 
 Legend: U users, K experts.
 """
@@ -6,7 +6,7 @@ Legend: U users, K experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -19,30 +19,24 @@ class UserState:
 
     The first users are those of the training set, in the order of the gate's user indices; users that
     `MixturePolicy.adapt` met later follow. Rows are float64: evidence is a sum over all comparisons of a user.
+    Under `latent="pair"` with a `user` gate term the weights themselves are the gate's rows, in the same order.
 
     Attributes:
         names: U user names.
         log_lik: [U, K] sum over the user's comparisons of weight * log p_k, nats. The posterior under
-            `latent="user"` is softmax(gate + log_lik).
-        count: [U] sum of the weights of those comparisons.
-        log_weights: [U, K] log w_k(u), used under `latent="pair"` with a `user` gate term, where comparisons of one
-            user may come from several experts; rows of NaN where the gate's own row holds.
+            `latent="user"` is softmax(gate + log_lik). Not read under `latent="pair"`.
+        count: [U] sum of the weights of the user's comparisons.
     """
 
     names: list[str]
     log_lik: Float[Tensor, "U K"]
     count: Float[Tensor, "U"]
-    log_weights: Float[Tensor, "U K"] = field(default=None)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         self.names = [str(name) for name in self.names]
         self.log_lik = self.log_lik.detach().to("cpu", torch.float64)
         self.count = self.count.detach().to("cpu", torch.float64)
-        if self.log_weights is None:
-            self.log_weights = torch.full_like(self.log_lik, torch.nan)
-        self.log_weights = self.log_weights.detach().to("cpu", torch.float64)
-        assert self.log_lik.shape == self.log_weights.shape and self.count.shape == self.log_lik.shape[:1]
-        assert len(self.names) == len(self.count), "one row for each user"
+        assert len(self.names) == len(self.log_lik) == len(self.count), "one row for each user"
         self._index = {name: row for row, name in enumerate(self.names)}
         assert len(self._index) == len(self.names), "user names are distinct"
 
@@ -69,9 +63,15 @@ class UserState:
             self.names.append(name)
             self.log_lik = torch.cat([self.log_lik, self.log_lik.new_zeros(1, self.log_lik.shape[1])])
             self.count = torch.cat([self.count, self.count.new_zeros(1)])
-            self.log_weights = torch.cat([self.log_weights, torch.full_like(self.log_lik[-1:], torch.nan)])
         return self._index[name]
+
+    def evidence(self, rows: Sequence[int]) -> Float[Tensor, "B K"]:
+        """[B, K] log-likelihoods of users by row; zeros for -1 (unknown)."""
+        index = torch.tensor(rows, dtype=torch.long)
+        if not len(self):
+            return self.log_lik.new_zeros(len(index), self.log_lik.shape[1])
+        return torch.where((index >= 0).unsqueeze(1), self.log_lik[index.clamp(min=0)], 0.0)
 
     def tensors(self) -> dict[str, Tensor]:
         """What `users/users.safetensors` holds."""
-        return {"log_lik": self.log_lik, "count": self.count, "log_weights": self.log_weights}
+        return {"log_lik": self.log_lik, "count": self.count}

@@ -1,0 +1,378 @@
+"""The trained object: K experts, a gate and what is known of users; it writes, scores, ranks and adapts.
+
+Legend: N texts, B comparisons, K experts, C candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prefmix.data.comparisons import ComparisonTable
+from prefmix.data.tokenization import tokenize_rows, tokenize_texts
+from prefmix.data.users import MetadataEncoder
+from prefmix.experts.shared_base import SharedBaseExperts
+from prefmix.mixture.bradley_terry import implicit_rewards, mixture_log_lik
+from prefmix.policy.config import PolicyConfig
+from prefmix.policy.generation import DECODERS, SamplingOptions
+from prefmix.policy.mixture_model import MixtureModel
+from prefmix.policy.preferences import (
+    PreferenceScores,
+    Ranked,
+    beating_probability,
+    preference_scores,
+    score_dicts,
+)
+from prefmix.policy.prompts import Prompt, is_single_prompt, prompt_token_ids
+from prefmix.policy.responses import left_pad, stream_response, write_responses
+from prefmix.policy.serialization import PolicyParts, read_policy, write_policy
+from prefmix.policy.text_scores import text_log_probs
+from prefmix.policy.user_state import UserState
+from prefmix.policy.user_weights import UserWeights
+
+Metadata = Mapping[str, Any]
+
+
+class MixturePolicy:
+    """A mixture of expert policies.
+
+        pi(y | x, u) = sum_k w_k(x, u) pi_k(y | x)
+
+    a mixture over whole responses. `gate_weights` is the prior w; `weights`, and everything else here that names a
+    user, uses the posterior of a known user, and the gate for all others.
+
+    Attributes:
+        model: experts and gate.
+        tokenizer: the tokenizer of training.
+        config: what the policy folder records.
+        users: what is known of each user.
+        metadata_encoder: features of metadata, where the gate reads them.
+        path: the folder that the policy was loaded from or saved to last.
+    """
+
+    def __init__(
+        self,
+        model: MixtureModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: PolicyConfig,
+        users: UserState | None = None,
+        metadata_encoder: MetadataEncoder | None = None,
+    ) -> None:
+        assert model.experts.num_experts == config.num_experts, "one beta for each expert"
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.config = config
+        self.users = users if users is not None else UserState.empty(config.num_experts)
+        self.metadata_encoder = metadata_encoder
+        self.path: Path | None = None
+
+    @property
+    def eos_token_ids(self) -> set[int]:
+        """Tokens that end a response: the tokenizer's, and those of the base model's generation config."""
+        found = {self.tokenizer.eos_token_id}
+        if isinstance(self.model.experts, SharedBaseExperts):
+            generation_config = self.model.experts.base_model.generation_config
+            base_eos = None if generation_config is None else generation_config.eos_token_id
+            found |= set(base_eos) if isinstance(base_eos, list) else {base_eos}
+        return {int(token) for token in found if token is not None}
+
+    # --- disk ---------------------------------------------------------------------------------------------------------
+    def save_pretrained(self, path: str | Path, *, user_state: bool = True) -> None:
+        """Writes the policy folder atomically; an earlier policy there is replaced, anything else is refused.
+
+        The base model is recorded by source and hash, and copied only where it cannot be found again.
+
+        Args:
+            path: the folder.
+            user_state: whether to write what is known of users; without it all users are unknown to the copy.
+        """
+        self.config = self._described()
+        parts = PolicyParts(self.model, self.tokenizer, self.config, self.users, self.metadata_encoder)
+        write_policy(path, parts, user_state=user_state)
+        self.path = Path(path)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        base: str | Path | PreTrainedModel | None = None,
+        device: str | torch.device | None = None,
+    ) -> MixturePolicy:
+        """Loads a policy folder, or the `policy` folder within a training output.
+
+        Args:
+            path: the folder.
+            base: where the base model is now, if it has moved; its content must be the same.
+            device: where to run; null: a CUDA GPU if there is one, else the CPU.
+
+        Raises:
+            ValueError: no policy, damaged files, another format, or another base model.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        policy = cls(*read_policy(path, base=base, device=device))
+        policy.path = Path(path)
+        return policy
+
+    # --- weights ------------------------------------------------------------------------------------------------------
+    def gate_weights(
+        self, prompt: Prompt | None = None, user: str | None = None, metadata: Metadata | None = None
+    ) -> Float[Tensor, "K"]:
+        """The prior w(x, u): what the gate says, without a user's accumulated evidence.
+
+        Without a prompt the average training prompt stands in, without metadata the average of metadata.
+        """
+        return self._user_weights().gate(self._prompts(prompt), [user], [metadata])[0].exp()
+
+    def weights(
+        self, prompt: Prompt | None = None, user: str | None = None, metadata: Metadata | None = None
+    ) -> Float[Tensor, "K"]:
+        """The weights that the policy uses: the posterior of a known user, the gate otherwise.
+
+            latent="user":  w_k proportional to gate_k prod_{i of user} p_k(y_w > y_l)
+
+        Warns:
+            UserWarning: a name that this policy does not know gets the population's weights.
+        """
+        return self._user_weights().posterior(self._prompts(prompt), [user], [metadata])[0].exp()
+
+    def adapt(self, user: str, comparisons: Sequence[Mapping[str, Any]], save: bool = False) -> Float[Tensor, "K"]:
+        """Learns a user's weights from comparisons, without training; returns them.
+
+        Under `latent="user"` this is the exact posterior; under `latent="pair"` with a `user` gate term the maximum a
+        posteriori weights. Evidence is added to what is known of the user: the same rows given twice count twice.
+
+        Args:
+            user: a new or known name; a `user` column in the rows is not read.
+            comparisons: rows with prompt, chosen, rejected, and perhaps weight and metadata.
+            save: also write the policy back to the folder that it came from.
+
+        Raises:
+            ValueError: the policy has nothing that depends on the user, rows are unusable, or there is no folder yet.
+        """
+        if save and self.path is None:
+            raise ValueError("save=True: this policy has no folder yet; call save_pretrained(path) first")
+        user_weights = self._user_weights()
+        user_weights.check_adaptable()
+        table = self._table(comparisons)
+        scores = self._preference_scores(table)
+        prompts = [table.texts.prompts[i] for i in table.prompt]
+        user_weights.learn(user, prompts, table.metadata, scores.log_lik, torch.from_numpy(table.weight))
+        if save:
+            assert self.path is not None
+            self.save_pretrained(self.path)
+        metadata = table.metadata[0] if len(table) else None
+        return user_weights.posterior(None, [user], [metadata])[0].exp()
+
+    @torch.no_grad()
+    def table_gate_log_weights(self, table: ComparisonTable) -> Float[Tensor, "B K"]:
+        """[B, K] log w of a table's comparisons, every user taken as unknown; float64."""
+        prompts = [table.texts.prompts[i] for i in table.prompt]
+        return self._user_weights().gate(prompts, [None] * len(table), list(table.metadata))
+
+    # --- texts --------------------------------------------------------------------------------------------------------
+    def log_prob(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        responses: Any,
+        *,
+        user: str | Sequence[str | None] | None = None,
+        metadata: Metadata | Sequence[Metadata | None] | None = None,
+        per_expert: bool = False,
+    ) -> Float[Tensor, "N"] | Float[Tensor, "N K"]:
+        """Log pi(y | x, u) = log sum_k w_k(x, u) pi_k(y | x), nats, summed over the response's tokens.
+
+        Tokenized as in training: plain text ends with the end-of-sequence token, conversations as their template says.
+
+        Args:
+            prompts: N prompts (text or messages), or one for all responses.
+            responses: N responses (text or messages).
+            user: one name for all, or N; None is the population.
+            metadata: one mapping for all, or N.
+            per_expert: give log pi_k(y | x) [N, K] of every expert instead.
+        """
+        responses = [responses] if isinstance(responses, str) else list(responses)
+        prompts = [prompts] * len(responses) if is_single_prompt(prompts) else list(prompts)
+        if len(prompts) != len(responses):
+            raise ValueError(f"prompts: {len(prompts)} for {len(responses)} responses; give one each, or one for all")
+        texts = tokenize_texts(zip(prompts, responses), self.tokenizer, **self._truncation())
+        log_probs = text_log_probs(self.model.experts, texts).log_probs.double()
+        if per_expert:
+            return log_probs
+        token_ids = [texts.prompts[i] for i in texts.prompt_index]
+        rows = _rows(user, metadata, len(responses))
+        return mixture_log_lik(self._user_weights().posterior(token_ids, *rows), log_probs)
+
+    def score(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Implicit rewards and preference probabilities of comparisons, one JSON-ready dictionary for each row.
+
+        `row` (position in `rows`); `user`; `weights` [K] of that row; under every expert `rewards/chosen`,
+        `rewards/rejected`, `rewards/margins` (nats) and `probabilities`, p_k(chosen > rejected), label noise
+        included; `probability`, the mixture's sum_k w_k p_k. Rows that training would leave out (ties, prompts that
+        fill max_length) have `row` and `dropped` alone.
+
+        Raises:
+            DataError: rows that cannot be used.
+        """
+        table = self._table(rows)
+        scores = self._preference_scores(table)
+        names = [table.users[i] if i >= 0 else None for i in table.user]
+        prompts = [table.texts.prompts[i] for i in table.prompt]
+        log_weights = self._user_weights().posterior(prompts, names, list(table.metadata))
+        scored = score_dicts(scores, log_weights, names, table.source_row.tolist())
+        return [scored.get(row, {"row": row, "dropped": True}) for row in range(len(rows))]
+
+    def rank(
+        self, user: str | None, prompt: Prompt, candidates: Sequence[Any], metadata: Metadata | None = None
+    ) -> list[Ranked]:
+        """Candidates from best to worst, as this user would judge; see `preferences.beating_probability`."""
+        candidates = list(candidates)
+        if not candidates:
+            raise ValueError("candidates=[]: give at least one response to rank")
+        texts = tokenize_texts(((prompt, candidate) for candidate in candidates), self.tokenizer, **self._truncation())
+        log_probs = text_log_probs(self.model.experts, texts)
+        beta = torch.tensor(self.config.beta, dtype=torch.float64)
+        rewards = implicit_rewards(log_probs.log_probs.double(), log_probs.ref_log_probs.double(), beta)
+        log_weights = self._user_weights().posterior([texts.prompts[0]], [user], [metadata])[0]
+        scores = beating_probability(rewards, log_weights, self.config.label_noise)
+        order = torch.argsort(scores, descending=True, stable=True).tolist()
+        return [Ranked(candidates[i], float(scores[i]), i) for i in order]
+
+    # --- generation ---------------------------------------------------------------------------------------------------
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        user: str | Sequence[str | None] | None = None,
+        metadata: Metadata | Sequence[Metadata | None] | None = None,
+        decoder: str = "sample",
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        repetition_penalty: float = 1.0,
+        do_sample: bool = True,
+        num_return_sequences: int = 1,
+        seed: int | None = None,
+        weights: Sequence[float] | Tensor | None = None,
+        stream: bool = False,
+        return_details: bool = False,
+    ) -> Any:
+        """Writes responses.
+
+        `sample` draws one expert from the weights for the whole response; `mixture` mixes the experts token by token
+        with Bayes-updated weights. Both draw from exactly sum_k w_k pi_k, at any setting. `top` uses the heaviest expert.
+
+        Args:
+            prompt: text, a list of messages, or a list of either.
+            user: whose weights; one name, or one for each prompt.
+            metadata: what the gate reads of user and context, likewise.
+            decoder: `sample`, `mixture` or `top`.
+            max_new_tokens: longest response, tokens; less where the model's context ends.
+            temperature: of every expert; 0 is greedy.
+            top_p: nucleus of every expert.
+            top_k: most probable tokens of every expert; 0 keeps all.
+            repetition_penalty: of every expert.
+            do_sample: false is greedy, whatever the temperature.
+            num_return_sequences: responses for each prompt.
+            seed: equal calls with equal seeds give equal responses.
+            weights: K weights to use instead of the user's.
+            stream: return an iterator over pieces of text; one prompt, one response.
+            return_details: give `Response`s instead of strings.
+
+        Returns:
+            A string for one prompt; a list, prompt after prompt, for several prompts or responses; an iterator of
+            strings with `stream`.
+        """
+        single = is_single_prompt(prompt)
+        prompts = [prompt] if single else list(prompt)
+        if stream and (not single or num_return_sequences != 1 or return_details):
+            raise ValueError("stream=True: give one prompt, num_return_sequences=1 and return_details=False")
+        if decoder not in DECODERS:
+            raise ValueError(f"decoder={decoder!r}: choose one of {', '.join(DECODERS)}")
+        temperature = temperature if do_sample else 0.0
+        options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
+        token_ids = [prompt_token_ids(entry, self.tokenizer) for entry in prompts]
+        rows = _rows(user, metadata, len(prompts))
+        log_weights = self._generation_weights(weights, token_ids, *rows)
+        token_ids = [ids for ids in token_ids for _ in range(num_return_sequences)]
+        call = self._generation_call(token_ids, log_weights.repeat_interleave(num_return_sequences, 0), decoder, seed)
+        if stream:
+            return stream_response(options=options, **call)
+        responses = write_responses(options=options, **call)
+        results = responses if return_details else [response.text for response in responses]
+        return results[0] if single and num_return_sequences == 1 else results
+
+    # --- parts --------------------------------------------------------------------------------------------------------
+    def _described(self) -> PolicyConfig:
+        return replace(self.config, experts=self.model.experts.describe(), gate=self.model.gate.describe())
+
+    def _user_weights(self) -> UserWeights:
+        return UserWeights(self.model, self.config.latent, self.users, self.metadata_encoder)
+
+    def _truncation(self) -> dict[str, Any]:
+        return {"max_length": self.config.max_length, "truncation_mode": self.config.truncation_mode}
+
+    def _prompts(self, prompt: Prompt | None) -> list[list[int]] | None:
+        return None if prompt is None else [prompt_token_ids(prompt, self.tokenizer)]
+
+    def _table(self, rows: Sequence[Mapping[str, Any]]) -> ComparisonTable:
+        return tokenize_rows(rows, self.tokenizer, users=self.users.names, progress=False, **self._truncation())
+
+    def _preference_scores(self, table: ComparisonTable) -> PreferenceScores:
+        log_probs = text_log_probs(self.model.experts, table.texts)
+        chosen, rejected = torch.from_numpy(table.chosen), torch.from_numpy(table.rejected)
+        return preference_scores(log_probs, chosen, rejected, torch.tensor(self.config.beta), self.config.label_noise)
+
+    def _generation_weights(
+        self,
+        weights: Sequence[float] | Tensor | None,
+        prompts: list[list[int]],
+        users: list[str | None],
+        metadata: list[Metadata | None],
+    ) -> Float[Tensor, "B K"]:
+        if weights is None:
+            return self._user_weights().posterior(prompts, users, metadata)
+        given = torch.as_tensor(weights, dtype=torch.float64).cpu()
+        valid = given.shape == (self.config.num_experts,) and bool((given >= 0).all()) and 0 < given.sum() < torch.inf
+        if not valid:
+            raise ValueError(
+                f"weights={given.tolist()}: give {self.config.num_experts} numbers, none negative, not all zero"
+            )
+        return (given / given.sum()).log().expand(len(prompts), -1)
+
+    def _generation_call(
+        self, prompts: list[list[int]], log_weights: Float[Tensor, "B K"], decoder: str, seed: int | None
+    ) -> dict[str, Any]:
+        device = next(self.model.parameters()).device
+        generator = torch.Generator(device)
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
+        pad = self.tokenizer.pad_token_id
+        return {
+            "experts": self.model.experts,
+            "tokenizer": self.tokenizer,
+            "prompt": left_pad(prompts, 0 if pad is None else pad, device),
+            "log_rho": DECODERS[decoder](log_weights.to(device), generator),
+            "eos_token_ids": self.eos_token_ids,
+            "generator": generator,
+        }
+
+
+def _rows(user: Any, metadata: Any, num: int) -> tuple[list[str | None], list[Metadata | None]]:
+    """Users and metadata of `num` rows, from one for all or one for each."""
+    users = [user] * num if user is None or isinstance(user, str) else list(user)
+    entries = [metadata] * num if metadata is None or isinstance(metadata, Mapping) else list(metadata)
+    if len(users) != num or len(entries) != num:
+        raise ValueError(
+            f"{len(users)} users and {len(entries)} metadata for {num} texts; give one each, or one for all"
+        )
+    return users, entries

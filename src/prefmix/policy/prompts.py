@@ -1,0 +1,42 @@
+"""Prompts as token ids, as training tokenized them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+Prompt = str | list[dict[str, Any]]
+
+
+def is_single_prompt(prompt: Prompt | Sequence[Prompt]) -> bool:
+    """Whether this is one prompt (text, or a list of messages) and not a list of prompts."""
+    return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
+
+
+def prompt_token_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids after which the response starts.
+
+    Text is tokenized as it stands; messages go through the chat template with its generation prompt. A prompt without
+    tokens becomes the token that starts or ends texts, so that something predicts the first token.
+
+    Raises:
+        ValueError: messages without a chat template, or a prompt that fills the model's context.
+    """
+    if isinstance(prompt, str):
+        token_ids = list(tokenizer(text=prompt)["input_ids"])
+    else:
+        if tokenizer.chat_template is None:
+            raise ValueError("prompt is a list of messages, but the tokenizer has no chat template; give text instead")
+        encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+        token_ids = list(encoded["input_ids"])  # type: ignore[call-overload, arg-type, index]
+    if len(token_ids) >= tokenizer.model_max_length:
+        raise ValueError(
+            f"prompt has {len(token_ids)} tokens and fills the model's context of {tokenizer.model_max_length} tokens; "
+            "shorten it"
+        )
+    if not token_ids:
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        token_ids = [0 if start is None else int(start)]
+    return token_ids

@@ -1,0 +1,168 @@
+"""Weights of the experts for given prompts, users and metadata, and how they learn from a user's comparisons.
+
+Legend: B rows, n comparisons of one user, K experts, D trunk states, M metadata features.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from prefmix.data.users import MetadataEncoder
+from prefmix.experts.shared_base import SharedBaseExperts
+from prefmix.mixture.gates import GateInputs
+from prefmix.mixture.posterior import posterior
+from prefmix.policy.mixture_model import MixtureModel
+from prefmix.policy.personalization import map_user_offsets
+from prefmix.policy.prompt_states import pooled_prompt_states
+from prefmix.policy.user_state import UserState
+
+
+class UserWeights(NamedTuple):
+    """The gate and what is known of users, together.
+
+    Attributes:
+        model: experts (for the prompt's trunk states) and gate.
+        latent: `pair` or `user`.
+        users: known users; `learn` changes it.
+        metadata_encoder: or None.
+    """
+
+    model: MixtureModel
+    latent: str
+    users: UserState
+    metadata_encoder: MetadataEncoder | None
+
+    @property
+    def has_user_term(self) -> bool:
+        """Whether the gate has a free row of weights for each user."""
+        return "user" in self.model.gate.terms
+
+    def check_adaptable(self) -> None:
+        """Raises ValueError where no weight depends on the user."""
+        if self.latent == "pair" and not self.has_user_term:
+            raise ValueError(
+                f"adapt: under latent='pair' with gate={list(self.model.gate.terms)} nothing depends on the user; "
+                "train with latent='user', or with latent='pair' and a gate that names 'user'"
+            )
+
+    @torch.no_grad()
+    def gate(
+        self,
+        prompts: Sequence[Sequence[int]] | None,
+        users: Sequence[str | None],
+        metadata: Sequence[Mapping[str, Any] | None],
+    ) -> Float[Tensor, "B K"]:
+        """[B, K] log w of the gate alone, float64 on the CPU.
+
+        Args:
+            prompts: B token sequences; None stands for the average training prompt.
+            users: B names or None.
+            metadata: B mappings or None (the average).
+        """
+        index = [self.users.index(user) for user in users]
+        return self._gate(prompts, index, metadata)
+
+    def posterior(
+        self,
+        prompts: Sequence[Sequence[int]] | None,
+        users: Sequence[str | None],
+        metadata: Sequence[Mapping[str, Any] | None],
+    ) -> Float[Tensor, "B K"]:
+        """[B, K] log w that the policy uses: gate and evidence of known users; warns of unknown names."""
+        log_weights = self.gate(prompts, users, metadata)
+        self._warn_of_unknown(users)
+        if self.latent == "pair":
+            return log_weights
+        evidence = self.users.evidence([self.users.index(user) for user in users])
+        return posterior(log_weights, evidence).log_resp
+
+    @torch.no_grad()
+    def learn(
+        self,
+        user: str,
+        prompts: Sequence[Sequence[int]],
+        metadata: Sequence[Mapping[str, Any]],
+        log_lik: Float[Tensor, "n K"],
+        weight: Float[Tensor, "n"],
+    ) -> None:
+        """Adds the evidence of a user's comparisons.
+
+        Args:
+            user: new or known name.
+            prompts: n token sequences, the comparisons' prompts.
+            metadata: n mappings.
+            log_lik: [n, K] log p_k of each comparison, nats.
+            weight: [n] a_i.
+        """
+        self.check_adaptable()
+        weight = weight.double()
+        row = self.users.add(user)
+        if self.latent == "user":
+            self.users.log_lik[row] += weight @ log_lik.double()
+        else:
+            self._learn_offsets(row, self._gate(prompts, [-1] * len(prompts), metadata), log_lik, weight)
+        self.users.count[row] += weight.sum()
+
+    def _learn_offsets(
+        self,
+        row: int,
+        gate_log_weights: Float[Tensor, "n K"],
+        log_lik: Float[Tensor, "n K"],
+        weight: Float[Tensor, "n"],
+    ) -> None:
+        gate = self.model.gate
+        if row >= len(gate.user):
+            gate.add_users(row + 1 - len(gate.user))
+        population = gate.population_log_weights().double().cpu()
+        # Prior and earlier comparisons count as pseudo-comparisons with the user's present weights.
+        present = torch.log_softmax(population + gate.user[row].double().cpu(), dim=-1)
+        past_counts = (self.users.count[row] + gate.user_strength) * present.exp()
+        offsets = map_user_offsets(gate_log_weights, log_lik, weight, population, past_counts)
+        gate.set_user_log_weights(row, (population + offsets).to(gate.user.device))
+
+    def _gate(
+        self,
+        prompts: Sequence[Sequence[int]] | None,
+        index: Sequence[int],
+        metadata: Sequence[Mapping[str, Any] | None],
+    ) -> Float[Tensor, "B K"]:
+        gate = self.model.gate
+        user = torch.tensor(index, dtype=torch.long)
+        if self.has_user_term:
+            user[user >= len(gate.user)] = -1
+        inputs = GateInputs(user, self._prompt_states(prompts, len(index)), self._features(metadata))
+        device = next(self.model.parameters()).device
+        inputs = GateInputs(*(None if tensor is None else tensor.to(device) for tensor in inputs))
+        return torch.log_softmax(gate(inputs).double().cpu(), dim=-1)
+
+    def _prompt_states(self, prompts: Sequence[Sequence[int]] | None, num_rows: int) -> Float[Tensor, "B D"] | None:
+        if "prompt" not in self.model.gate.terms:
+            return None
+        if prompts is None:
+            return self.model.gate.prompt_mean.expand(num_rows, -1)
+        assert isinstance(self.model.experts, SharedBaseExperts), "a gate that reads prompts comes with a shared trunk"
+        return pooled_prompt_states(self.model.experts.base_model, prompts)
+
+    def _features(self, metadata: Sequence[Mapping[str, Any] | None]) -> Float[Tensor, "B M"] | None:
+        if "metadata" not in self.model.gate.terms:
+            return None
+        assert self.metadata_encoder is not None, "a gate that reads metadata comes with their encoder"
+        return torch.from_numpy(self.metadata_encoder.encode([row or {} for row in metadata]))
+
+    def _warn_of_unknown(self, users: Sequence[str | None]) -> None:
+        if self.latent == "pair" and not self.has_user_term:
+            return  # nobody has weights of their own
+        unknown = sorted({str(user) for user in users if user is not None and self.users.index(user) < 0})
+        if unknown:
+            warnings.warn(
+                f"unknown users {unknown[:5]}{' ...' if len(unknown) > 5 else ''} get the population's weights; "
+                "adapt(user, comparisons) learns a new user's",
+                UserWarning,
+                stacklevel=4,
+            )
