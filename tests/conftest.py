@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
+from beartype import BeartypeConf, beartype
+from jaxtyping import install_import_hook
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several threads on tiny matrices are slower, more so under xdist
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Shapes in signatures are checked where the mathematics is. An int counts as a float, as for the type checker.
+_shape_checker = ModuleType("prefmix_shape_checker")
+_shape_checker.__dict__["check"] = beartype(conf=BeartypeConf(is_pep484_tower=True))
+sys.modules[_shape_checker.__name__] = _shape_checker
+install_import_hook(["prefmix.mixture", "prefmix.kernels"], f"{_shape_checker.__name__}.check")
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
