@@ -88,12 +88,14 @@ class DecodeStep(NamedTuple):
     Attributes:
         rows: [M] which of the B sequences.
         tokens: [M] the token y_t chosen.
-        log_probs: [M] log p(y_t | y_<t) of the mixed, processed distribution, nats.
+        distribution: [M, V] log p(. | y_<t), mixed and processed, that the token was chosen from, nats.
+        log_probs: [M] log p(y_t | y_<t) of the token chosen.
         log_rho: [M, K] log rho(t+1), after the token; -inf for experts that cannot have written it. float64.
     """
 
     rows: Int[Tensor, "M"]
     tokens: Int[Tensor, "M"]
+    distribution: Float[Tensor, "M V"]
     log_probs: Float[Tensor, "M"]
     log_rho: Float[Tensor, "M K"]
 
@@ -141,8 +143,8 @@ def expert_log_probs(
     """Log pi_k(. | y_<t) of every expert after its own logits were processed, nats."""
     if processors:
         num_experts = logits.shape[1]
-        repeated = tokens_read.repeat_interleave(num_experts, dim=0)
-        logits = processors(repeated, logits.flatten(0, 1)).view_as(logits)
+        repeated = tokens_read.long().repeat_interleave(num_experts, dim=0)
+        logits = processors(repeated, logits.flatten(0, 1)).view_as(logits)  # type: ignore[arg-type]
     return torch.log_softmax(logits, dim=-1)
 
 
@@ -174,7 +176,7 @@ def decode(
     used = torch.nonzero((log_rho > -torch.inf).any(dim=0))[:, 0]
     decoder = experts.decoder(input_ids, attention_mask, used.tolist() if len(used) < num_experts else None)
     log_rho = log_rho.double()[:, used]
-    processors, eos = options.processors(), torch.tensor(sorted(eos_token_ids), device=input_ids.device)
+    processors, eos = options.processors(), torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=input_ids.device)
     rows = torch.arange(len(input_ids), device=input_ids.device)
     # Padding is often the end-of-sequence token, which the repetition penalty must not take for one that was read.
     tokens_read = torch.where(attention_mask == 1, input_ids, input_ids[:, -1:])
@@ -184,7 +186,7 @@ def decode(
         tokens = _choose(mixed, options, generator)
         log_rho = update_log_rho(log_rho, log_probs, tokens)
         all_log_rho = log_rho.new_full((len(rows), num_experts), -torch.inf).index_copy_(1, used, log_rho)
-        yield DecodeStep(rows, tokens, mixed.gather(1, tokens[:, None])[:, 0], all_log_rho)
+        yield DecodeStep(rows, tokens, mixed, mixed.gather(1, tokens[:, None])[:, 0], all_log_rho)
         going_on = torch.nonzero(~torch.isin(tokens, eos))[:, 0]
         if not len(going_on) or position + 1 == options.max_new_tokens:
             return

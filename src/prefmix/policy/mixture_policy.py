@@ -30,7 +30,7 @@ from prefmix.policy.preferences import (
     preference_scores,
     score_dicts,
 )
-from prefmix.policy.prompts import Prompt, is_single_prompt, prompt_token_ids
+from prefmix.policy.prompts import Prompt, is_single_prompt, prompt_list, prompt_token_ids
 from prefmix.policy.responses import left_pad, stream_response, write_responses
 from prefmix.policy.serialization import PolicyParts, read_policy, write_policy
 from prefmix.policy.text_scores import text_log_probs
@@ -198,10 +198,10 @@ class MixturePolicy:
             per_expert: give log pi_k(y | x) [N, K] of every expert instead.
         """
         responses = [responses] if isinstance(responses, str) else list(responses)
-        prompts = [prompts] * len(responses) if is_single_prompt(prompts) else list(prompts)
-        if len(prompts) != len(responses):
-            raise ValueError(f"prompts: {len(prompts)} for {len(responses)} responses; give one each, or one for all")
-        texts = tokenize_texts(zip(prompts, responses), self.tokenizer, **self._truncation())
+        given = prompt_list(prompts) * (len(responses) if is_single_prompt(prompts) else 1)
+        if len(given) != len(responses):
+            raise ValueError(f"prompts: {len(given)} for {len(responses)} responses; give one each, or one for all")
+        texts = tokenize_texts(zip(given, responses), self.tokenizer, **self._truncation())
         log_probs = text_log_probs(self.model.experts, texts).log_probs.double()
         if per_expert:
             return log_probs
@@ -267,7 +267,7 @@ class MixturePolicy:
         """Writes responses.
 
         `sample` draws one expert from the weights for the whole response; `mixture` mixes the experts token by token
-        with Bayes-updated weights. Both draw from exactly sum_k w_k pi_k, at any setting. `top` uses the heaviest expert.
+        with Bayes-updated weights. Both draw from exactly sum_k w_k pi_k, at any setting. `top` is the heaviest expert.
 
         Args:
             prompt: text, a list of messages, or a list of either.
@@ -290,15 +290,15 @@ class MixturePolicy:
             A string for one prompt; a list, prompt after prompt, for several prompts or responses; an iterator of
             strings with `stream`.
         """
-        single = is_single_prompt(prompt)
-        prompts = [prompt] if single else list(prompt)
+        single, prompts = is_single_prompt(prompt), prompt_list(prompt)
         if stream and (not single or num_return_sequences != 1 or return_details):
             raise ValueError("stream=True: give one prompt, num_return_sequences=1 and return_details=False")
         if decoder not in DECODERS:
             raise ValueError(f"decoder={decoder!r}: choose one of {', '.join(DECODERS)}")
-        temperature = temperature if do_sample else 0.0
-        options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
         token_ids = [prompt_token_ids(entry, self.tokenizer) for entry in prompts]
+        room = self.tokenizer.model_max_length - max(len(ids) for ids in token_ids)
+        temperature = temperature if do_sample else 0.0
+        options = SamplingOptions(min(max_new_tokens, room), temperature, top_k, top_p, repetition_penalty)
         rows = _rows(user, metadata, len(prompts))
         log_weights = self._generation_weights(weights, token_ids, *rows)
         token_ids = [ids for ids in token_ids for _ in range(num_return_sequences)]

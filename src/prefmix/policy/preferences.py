@@ -38,12 +38,12 @@ class Ranked(NamedTuple):
     Attributes:
         candidate: the candidate as it was given.
         score: mean over the other candidates j of sum_k w_k p_k(candidate > j), a probability; 0.5 without others.
-        index: its position in the list that was given.
+        position: where it stood in the list that was given.
     """
 
     candidate: Any
     score: float
-    index: int
+    position: int
 
 
 def preference_scores(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,6 +13,17 @@ Prompt = str | list[dict[str, Any]]
 def is_single_prompt(prompt: Prompt | Sequence[Prompt]) -> bool:
     """Whether this is one prompt (text, or a list of messages) and not a list of prompts."""
     return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
+
+
+def prompt_list(prompt: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several, as a list.
+
+    Raises:
+        ValueError: no prompt at all.
+    """
+    if not isinstance(prompt, str) and len(prompt) == 0:
+        raise ValueError("prompt=[]: give text, a list of messages, or a list of either")
+    return cast("list[Prompt]", [prompt] if is_single_prompt(prompt) else list(prompt))
 
 
 def prompt_token_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -136,9 +136,13 @@ class UserWeights(NamedTuple):
         user = torch.tensor(index, dtype=torch.long)
         if self.has_user_term:
             user[user >= len(gate.user)] = -1
-        inputs = GateInputs(user, self._prompt_states(prompts, len(index)), self._features(metadata))
+        states, features = self._prompt_states(prompts, len(index)), self._features(metadata)
         device = next(self.model.parameters()).device
-        inputs = GateInputs(*(None if tensor is None else tensor.to(device) for tensor in inputs))
+        inputs = GateInputs(
+            user.to(device),
+            None if states is None else states.to(device),
+            None if features is None else features.to(device),
+        )
         return torch.log_softmax(gate(inputs).double().cpu(), dim=-1)
 
     def _prompt_states(self, prompts: Sequence[Sequence[int]] | None, num_rows: int) -> Float[Tensor, "B D"] | None:
