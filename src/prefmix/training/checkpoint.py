@@ -77,7 +77,7 @@ def rotate(run_dir: Path, limit: int | None, keep: str | None) -> None:
     if limit is None or limit <= 0:
         return
     found = checkpoints(run_dir)
-    protected = {path for path in found[:1]} | {path for path in found if keep and path.name == Path(keep).name}
+    protected = set(found[:1]) | {path for path in found if keep and path.name == Path(keep).name}
     others = [path for path in found if path not in protected]
     for path in others[max(limit - len(protected), 0) :]:
         _delete(path)
@@ -144,8 +144,8 @@ def newest_intact(run_dir: Path) -> Path:
         logger.warning("Checkpoint %s is damaged and is not used: %s", checkpoint, "; ".join(problems))
     if damaged:
         raise ValueError(
-            f"output_dir={str(run_dir)!r}: no checkpoint is intact ({'. '.join(damaged)}); restore one from a backup, or "
-            "start anew with overwrite_output_dir=True"
+            f"output_dir={str(run_dir)!r}: no checkpoint is intact ({'. '.join(damaged)}); restore one from a backup "
+            "or start anew with overwrite_output_dir=True"
         )
     raise ValueError(
         f"output_dir={str(run_dir)!r}: there is no checkpoint to resume from; train without resume_from_checkpoint, or "

@@ -54,10 +54,9 @@ class EMState:
         summed = torch.zeros(num_groups, dtype=torch.float64, device=weight.device).index_add_(
             0, group, weight.double()
         )
-        ones = torch.ones_like(summed)
-        self.group_weight = (ones if per_pair else summed).float()
+        self.group_weight = (torch.ones_like(summed) if per_pair else summed).float()
         # Under `pair` a weight multiplies the whole bound of its row, the gate's term included.
-        self._count = summed if per_pair else ones
+        self._count = summed if per_pair else (summed > 0).double()
         self._num_groups = float(self._count.sum())
 
     def remember(self, group: Int[Tensor, "B"], log_q: Float[Tensor, "B K"]) -> None:

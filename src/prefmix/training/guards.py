@@ -86,8 +86,10 @@ class FiniteGuard:
     ) -> str:
         faults = []
         for batch in batches:
-            for expert in (~batch.lik_ok).any(dim=0).nonzero().flatten().tolist():
-                faults.append(f"loss of expert {expert} on {self._rows(batch.row[~batch.lik_ok[:, expert]])}")
+            faults += [
+                f"loss of expert {expert} on {self._rows(batch.row[~batch.lik_ok[:, expert]])}"
+                for expert in (~batch.lik_ok).any(dim=0).nonzero().flatten().tolist()
+            ]
             if not batch.gate_ok.all():
                 faults.append(f"gate on {self._rows(batch.row[~batch.gate_ok])}")
             if batch.lik_ok.all() and batch.gate_ok.all() and not batch.loss_ok:

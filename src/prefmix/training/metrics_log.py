@@ -1,6 +1,6 @@
 """What a step tells about the mixture, summed on the device and fetched once per line of the log.
 
-Legend: B comparisons, K experts. Every figure is a mean over row weights a_i; figures of expert k weigh rows by a_i q_ik.
+Legend: B comparisons, K experts. Figures are means over row weights a_i; those of expert k weigh rows by a_i q_ik.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Sums(NamedTuple):
         evidence: [] the same at the exact posterior, where the bound is tight.
         resp_entropy: [] sum_i a_i H(q_i), nats.
         gate_entropy: [] sum_i a_i H(w_i), nats.
-        mixed: [6] sum_i a_i sum_k q_ik of chosen and rejected reward, margin, [margin > 0], chosen and rejected log-prob.
+        mixed: [6] sum_i a_i sum_k q_ik of both rewards, margin, [margin > 0] and both log-probabilities.
         usage: [K] sum_i a_i q_ik.
         by_expert: [4, K] sum_i a_i q_ik of margin, [margin > 0], chosen and rejected reward.
     """

@@ -1,4 +1,4 @@
-"""The objective of one batch as pure functions: log-probabilities -> margins -> likelihoods -> responsibilities -> bound.
+"""The objective of one batch as pure functions: log-probabilities -> margins -> likelihoods, and the E-step by name.
 
 Nothing here holds a module or a state. Legend: N texts, B comparisons, K experts.
 """

@@ -1,0 +1,65 @@
+"""What happens between steps: the gate's M-step, the guard, warnings about the mixture, the local log."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from prefmix.training.checkpoint import write_atomically
+from prefmix.training.diagnostics import warn_of_collapse
+from prefmix.training.persistence import METRICS
+
+if TYPE_CHECKING:
+    from prefmix.training.trainer import MixtureTrainer
+
+
+class EMCallback(TrainerCallback):
+    """Moves a closed-form gate and looks for NaN after each optimizer step, before anything of it can be saved."""
+
+    def __init__(self, trainer: MixtureTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Continues the sums of a resumed run."""
+        self._trainer.restore_loop()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """The M-step of the gate, then the guard."""
+        self._trainer.m_step_of_gate()
+        self._trainer.guard.check(state.global_step + 1, self._trainer.mixture)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Warns of experts that die or repeat each other."""
+        warn_of_collapse(self._trainer)
+
+
+class MetricsFileCallback(TrainerCallback):
+    """Keeps `metrics.jsonl` in the run's folder, one line for each line of the log."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = run_dir / METRICS
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Starts the file, or cuts it back to what the checkpoint knows: later lines will be written again."""
+        if state.is_world_process_zero:
+            text = "".join(json.dumps(line) + "\n" for line in state.log_history)
+            write_atomically(self._file, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Adds one line."""
+        if state.is_world_process_zero and logs is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({**logs, "step": state.global_step}) + "\n")

@@ -1,0 +1,84 @@
+"""What a run says to people: the choices that "auto" stands for, whether groups can be found, signs of collapse."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+
+from prefmix.data.comparisons import ComparisonTable
+from prefmix.experts.trunk_cache import TrunkStates
+from prefmix.mixture.collapse import find_collapse
+from prefmix.mixture.features import pool_features
+from prefmix.mixture.identifiability import Identifiability, identifiability
+
+if TYPE_CHECKING:
+    from prefmix.training.trainer import MixtureTrainer
+
+logger = logging.getLogger(__name__)
+
+PROMPT_DIRECTIONS = 16
+
+
+def report_choices(trainer: MixtureTrainer) -> None:
+    """One line on standard error: what was chosen where the configuration said "auto", and the sizes."""
+    if not trainer.args.should_log:
+        return
+    table, args = trainer.train_comparisons.table, trainer.args
+    repeated = "chosen because most users have two or more rows" if trainer.latent == "user" else "one expert a row"
+    latent = f"latent={trainer.latent}" + (f" ({repeated})" if args.latent == "auto" else "")
+    init = f"init={trainer.init}" + (f" held for {args.init_hold_epochs:g} epochs" if args.init_hold_epochs else "")
+    sizes = f"{len(table)} comparisons of {len(table.texts)} texts by {len(table.users)} users"
+    print(
+        f"prefmix: {sizes}; {args.num_experts} experts, {latent}, gate={'+'.join(args.gate)}, {init}", file=sys.stderr
+    )
+
+
+def report_identifiability(trainer: MixtureTrainer) -> Identifiability | None:
+    """Says before training whether groups can be found in the rows; silent where they can.
+
+    Returns:
+        The finding, or None where the run has no cached states to judge by, or a single expert and so no groups.
+    """
+    states = trainer.train_comparisons.states
+    if states is None or trainer.args.num_experts == 1:
+        return None
+    finding = judge_table(trainer.train_comparisons.table, states, trainer.args.probe_dim)
+    if finding.level != "identified":
+        logger.warning("prefmix: %s", finding.reason)
+    return finding
+
+
+def judge_table(table: ComparisonTable, states: TrunkStates, dim: int) -> Identifiability:
+    """Identifiability of groups in a table, from the probe's features.
+
+    Args:
+        table: comparisons.
+        states: pooled trunk states of its texts.
+        dim: principal directions of the texts.
+    """
+    prompt_of_text = torch.from_numpy(table.texts.prompt_index)
+    features = pool_features(states.completion_mean, dim, centre_by=prompt_of_text).features
+    prompts = states.prompt_mean
+    return identifiability(
+        features,
+        torch.from_numpy(table.chosen),
+        torch.from_numpy(table.rejected),
+        torch.from_numpy(table.user),
+        torch.from_numpy(table.prompt),
+        pool_features(prompts, PROMPT_DIRECTIONS).features if len(prompts) > 1 else None,
+    )
+
+
+def warn_of_collapse(trainer: MixtureTrainer) -> None:
+    """Warns of experts that die or repeat each other, with a remedy, once responsibilities are no longer held."""
+    if trainer.state.global_step < trainer.hold_steps or not trainer.args.should_log:
+        return
+    usage = trainer.em.mean_resp().mean.cpu()
+    # Under `pair` no likelihoods are kept, so copies are looked for among users' rows only.
+    table = trainer.em.evidence.table.cpu()
+    margins = table - torch.log(-torch.expm1(table.clamp(max=-1e-7)))  # logit of p_k, which is the margin without noise
+    for warning in find_collapse(usage, margins[trainer.em.evidence.visited.cpu()]):
+        logger.warning("prefmix: %s", warning.message)

@@ -1,0 +1,139 @@
+"""Where responsibilities start: the named, seeded step that parts the experts.
+
+Legend: B training rows, G latent groups, K experts, P features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from prefmix.data.comparisons import ComparisonTable
+from prefmix.data.users import latent_groups, num_latent_groups
+from prefmix.experts.trunk_cache import TrunkStates
+from prefmix.mixture.features import pool_features
+from prefmix.mixture.initialization import kmeans_resp, label_resp, random_resp
+from prefmix.mixture.probe import fit_probe
+from prefmix.training.config import MixtureConfig
+
+ResolvedInit = Literal["probe", "random", "kmeans", "labels"]
+
+
+class Start(NamedTuple):
+    """What an initializer may look at.
+
+    Attributes:
+        args: the configuration.
+        table: training comparisons.
+        group: [B] latent group of each row.
+        num_groups: G.
+        states: gives pooled trunk states; called only by initializers that need them.
+    """
+
+    args: MixtureConfig
+    table: ComparisonTable
+    group: np.ndarray
+    num_groups: int
+    states: Callable[[], TrunkStates]
+
+    @property
+    def generator(self) -> torch.Generator:
+        """A fresh generator of the run's seed."""
+        return torch.Generator().manual_seed(self.args.seed)
+
+
+def resolve_init(args: MixtureConfig, table: ComparisonTable) -> ResolvedInit:
+    """`auto`: `probe` where some user has two rows, else `kmeans` over prompts, `random` for want of prompts."""
+    if args.init != "auto":
+        return args.init
+    known = table.user[table.user >= 0]
+    if len(known) > len(np.unique(known)):
+        return "probe"
+    return "kmeans" if len(np.unique(table.prompt)) >= args.num_experts else "random"
+
+
+def first_responsibilities(init: ResolvedInit, start: Start) -> Float[Tensor, "G K"]:
+    """Responsibilities that are held while the experts have not parted yet; rows sum to 1.
+
+    Args:
+        init: the initializer.
+        start: rows, groups and trunk states.
+
+    Raises:
+        ValueError: the rows lack what the initializer reads.
+    """
+    resp = INITIALIZERS[init](start)
+    assert resp.shape == (start.num_groups, start.args.num_experts)
+    return resp
+
+
+def _probe(start: Start) -> Float[Tensor, "G K"]:
+    """Users' posteriors under a mixture of linear rewards; rows of one user share them under `pair` too."""
+    table, states = start.table, start.states()
+    lengths = torch.tensor([len(ids) for ids in table.texts.completion_ids])
+    prompt = torch.from_numpy(table.texts.prompt_index)
+    pooled = pool_features(states.completion_mean, start.args.probe_dim, lengths, centre_by=prompt)
+    user_group = latent_groups(table, "user")
+    result = fit_probe(
+        pooled.features,
+        torch.from_numpy(table.chosen),
+        torch.from_numpy(table.rejected),
+        torch.from_numpy(user_group),
+        num_latent_groups(table, "user"),
+        start.args.num_experts,
+        weight=torch.from_numpy(table.weight),
+        restarts=start.args.probe_restarts,
+        generator=start.generator,
+    )
+    resp = torch.softmax(result.log_resp, dim=1)
+    return _of_groups(start, resp[torch.from_numpy(user_group)])
+
+
+def _kmeans(start: Start) -> Float[Tensor, "G K"]:
+    """Clusters of prompts; a group has the mean prompt of its rows."""
+    states = start.states().prompt_mean.float()
+    prompt = torch.from_numpy(start.table.prompt)
+    distinct = len(torch.unique(prompt))
+    if distinct < start.args.num_experts:
+        raise ValueError(
+            f"init='kmeans' with num_experts={start.args.num_experts}: the rows have {distinct} distinct prompts, "
+            "which cannot be parted into that many clusters; use init='probe' (needs user ids) or init='random'"
+        )
+    scale = states.std(dim=0, unbiased=False)
+    standardised = (states - states.mean(dim=0)) / torch.where(scale > 0, scale, 1.0)
+    group = torch.from_numpy(start.group)
+    sums = torch.zeros(start.num_groups, states.shape[1]).index_add_(0, group, standardised[prompt])
+    size = torch.bincount(group, minlength=start.num_groups).clamp(min=1).unsqueeze(1)
+    return kmeans_resp(sums / size, start.args.num_experts, start.generator)
+
+
+def _random(start: Start) -> Float[Tensor, "G K"]:
+    return random_resp(start.num_groups, start.args.num_experts, start.generator)
+
+
+def _labels(start: Start) -> Float[Tensor, "G K"]:
+    """The true groups: the oracle."""
+    labels = torch.from_numpy(start.table.group)
+    if not (labels >= 0).any():
+        raise ValueError("init='labels': no row has a `group`; add that column, or use init='probe'")
+    return _of_groups(start, label_resp(labels, start.args.num_experts))
+
+
+def _of_groups(start: Start, row_resp: Float[Tensor, "B K"]) -> Float[Tensor, "G K"]:
+    """Responsibilities of groups from those of their rows, which agree; uniform for groups without rows."""
+    resp = torch.full((start.num_groups, row_resp.shape[1]), 1.0 / row_resp.shape[1])
+    resp[torch.from_numpy(start.group)] = row_resp
+    return resp
+
+
+INITIALIZERS: dict[ResolvedInit, Callable[[Start], Float[Tensor, "G K"]]] = {
+    "probe": _probe,
+    "kmeans": _kmeans,
+    "random": _random,
+    "labels": _labels,
+}

@@ -1,0 +1,275 @@
+"""The part of the trainer that outlives a process: atomic checkpoints, exact resume, finished runs.
+
+`transformers.Trainer` writes a checkpoint file by file into its final folder; `checkpoint.py` does it atomically, and
+everything that decides the rest of the run goes in: experts, gate, optimizer, scheduler, random numbers, EM's memory,
+and the sums that the next line of the log is made of.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from prefmix.policy.mixture_model import MixtureModel
+from prefmix.training import checkpoint as store
+from prefmix.training.config import MixtureConfig
+from prefmix.training.em_state import EMState
+from prefmix.training.metrics_log import Meter
+
+FINISHED = "finished.json"
+METRICS = "metrics.jsonl"
+POLICY = "policy"
+
+logger = logging.getLogger(__name__)
+
+
+class AbstractCheckpointedTrainer(Trainer, ABC):
+    """A trainer whose runs can be killed at any moment and continue bit for bit (on a CPU).
+
+    Attributes:
+        em: running evidence and responsibilities.
+        meter: sums of the next line of the log.
+        identity: what a checkpoint must agree with: data, base model, shape of the mixture.
+        hold_steps: optimizer steps during which first responsibilities are held.
+    """
+
+    args: MixtureConfig
+    em: EMState
+    meter: Meter
+    identity: dict[str, Any]
+    hold_steps: int
+    _loop_state: dict[str, Tensor] | None = None
+
+    @property
+    @abstractmethod
+    def mixture(self) -> MixtureModel:
+        """Experts and gate."""
+
+    @abstractmethod
+    def start_em(self) -> None:
+        """Computes the first responsibilities of a fresh run."""
+
+    # --- runs -------------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Trains, or continues, and writes the policy.
+
+        Args:
+            resume_from_checkpoint: True: from the newest intact checkpoint of `output_dir`; "auto": the same, or a
+                fresh start where there is none; a path: from that checkpoint. Damaged checkpoints are named and passed
+                over. A finished run takes no further step.
+            trial: of a hyperparameter search.
+            ignore_keys_for_eval: not used.
+
+        Raises:
+            ValueError: no checkpoint is intact, or a fresh run would overwrite another.
+            NonFiniteError: loss, gradient, weights or gate became NaN or infinite.
+        """
+        run_dir = Path(self._get_output_dir(trial))
+        run_dir.mkdir(parents=True, exist_ok=True)
+        resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        max_steps = self._plan_steps()
+        checkpoint = self._checkpoint_to_resume(run_dir, resume)
+        if checkpoint is None:
+            self._make_room(run_dir)
+            self.start_em()
+        else:
+            store.check_identity(checkpoint, self.identity)
+            finished = _finished(run_dir, max_steps)
+            if finished is not None:
+                return self._reopen(checkpoint, finished)
+        output = super().train(str(checkpoint) if checkpoint else None, trial, ignore_keys_for_eval)
+        output = output._replace(training_loss=output.metrics["train_loss"])
+        self.save_model(str(run_dir / POLICY))
+        if self.args.should_save:
+            _write_json(run_dir / FINISHED, {"step": output.global_step, "max_steps": max_steps, **output.metrics})
+        return output
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the policy folder atomically; null: `output_dir/policy`."""
+        if self.args.should_save:
+            self.policy.save_pretrained(output_dir or str(Path(self.args.output_dir) / POLICY))  # type: ignore[attr-defined]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer.log`, with the mean loss of the whole run, not of the part since it was resumed."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, start_time)
+
+    def _plan_steps(self) -> int:
+        plan = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        updates_per_epoch, max_steps = plan[1], plan[-1]
+        assert max_steps is not None
+        self.hold_steps = math.ceil(self.args.init_hold_epochs * updates_per_epoch)
+        return max_steps
+
+    def _checkpoint_to_resume(self, run_dir: Path, resume: str | bool | None) -> Path | None:
+        if not resume:
+            return None
+        if self.args.should_save:
+            store.clean(run_dir)
+        if resume == "auto" and not store.checkpoints(run_dir):
+            return None
+        if resume in (True, "auto", "true", "True"):
+            return store.newest_intact(run_dir)
+        problems = store.damage(Path(str(resume)))
+        if problems:
+            raise ValueError(
+                f"resume_from_checkpoint={str(resume)!r}: damaged ({'; '.join(problems)}); use "
+                "resume_from_checkpoint=True for the newest intact checkpoint of output_dir"
+            )
+        return Path(str(resume))
+
+    def _make_room(self, run_dir: Path) -> None:
+        """A fresh run never mixes with, or overwrites, what another one left."""
+        if not self.args.should_save:
+            return
+        store.clean(run_dir)
+        old = [
+            *store.checkpoints(run_dir),
+            *(run_dir / name for name in (FINISHED, POLICY) if (run_dir / name).exists()),
+        ]
+        if old and not self.args.overwrite_output_dir:
+            kind = "a finished" if (run_dir / FINISHED).exists() else "an unfinished"
+            raise ValueError(
+                f"output_dir={str(run_dir)!r} holds {kind} run ({old[0].name}); continue it with "
+                "resume_from_checkpoint=True, choose another folder, or replace it with overwrite_output_dir=True"
+            )
+        for path in sorted(old, key=lambda path: path.name != FINISHED):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _run_epoch(self, *, epoch: int, **rest: Any) -> None:
+        """As `Trainer._run_epoch`, but a run that has taken all its steps takes none more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(epoch=epoch, **rest)
+
+    def _reopen(self, checkpoint: Path, finished: dict[str, Any]) -> TrainOutput:
+        """Puts a finished run back into memory without a single step."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        logger.warning("%s: this run is finished (step %s); nothing is trained", self.args.output_dir, finished["step"])
+        metrics = {name: value for name, value in finished.items() if name not in ("step", "max_steps")}
+        return TrainOutput(finished["step"], metrics["train_loss"], metrics)
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir, step = Path(self._get_output_dir(trial)), self.state.global_step
+        staging = store.staging_folder(run_dir, step)
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.store_flos()
+        best = run_dir / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step == step or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        self._save_optimizer_and_scheduler(str(staging))
+        self._save_rng_state(str(staging))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            save_file(_on_cpu(self._trained_tensors()), str(staging / store.WEIGHTS))
+            save_file(_on_cpu(self._run_state()), str(staging / store.RUN_STATE))
+            self._export_callbacks()
+            self.state.save_to_json(str(staging / "trainer_state.json"))
+            store.publish(run_dir, step, self.identity)
+            store.rotate(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        self._load_trained_tensors(folder)
+        state = load_file(str(folder / store.RUN_STATE), device=str(self.args.device))
+        self.em.load_state_dict(_part(state, "em."))
+        self.meter.load_state_dict(_part(state, "meter."), self.args.device)
+        self._loop_state = _part(state, "loop.")
+
+    def restore_loop(self) -> None:
+        """Gives a resumed loop the sums of losses that the uninterrupted one would have."""
+        if self._loop_state is not None:
+            self._tr_loss = self._loop_state["tr_loss"]
+            self._total_loss_scalar = self._loop_state["total_loss"].item()
+            self._globalstep_last_logged = int(self._loop_state["last_logged"])
+            self._loop_state = None
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        best = Path(self.state.best_model_checkpoint)
+        problems = store.damage(best)
+        if problems:
+            raise ValueError(
+                f"load_best_model_at_end: the best checkpoint {best} is damaged ({'; '.join(problems)}); restore it, "
+                "or resume with load_best_model_at_end=False to keep the last step"
+            )
+        self._load_trained_tensors(best)
+
+    def _load_trained_tensors(self, folder: Path) -> None:
+        saved = load_file(str(folder / store.WEIGHTS), device=str(self.args.device))
+        assert saved.keys() == self._trained_tensors().keys(), "check_identity compares the shape of the mixture"
+        self.mixture.load_state_dict(saved, strict=False)
+
+    def _trained_tensors(self) -> dict[str, Tensor]:
+        """Parameters of the experts and everything of the gate; the frozen base is not saved."""
+        trained = {name for name, parameter in self.mixture.named_parameters() if parameter.requires_grad}
+        state = self.mixture.state_dict()
+        return {name: value for name, value in state.items() if name in trained or name.startswith("gate.")}
+
+    def _run_state(self) -> dict[str, Tensor]:
+        loop = {
+            "tr_loss": self._tr_loss.detach().clone(),
+            "total_loss": torch.tensor(self._total_loss_scalar, dtype=torch.float64),
+            "last_logged": torch.tensor(self._globalstep_last_logged),
+        }
+        parts = {"em.": self.em.state_dict(), "meter.": self.meter.state_dict(), "loop.": loop}
+        return {prefix + name: value for prefix, part in parts.items() for name, value in part.items()}
+
+    def _export_callbacks(self) -> None:
+        exported: dict[str, list[Any]] = {}
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                exported.setdefault(type(callback).__name__, []).append(callback.state())
+        states = {name: found[0] if len(found) == 1 else found for name, found in exported.items()}
+        self.state.stateful_callbacks = states
+
+
+def _finished(run_dir: Path, max_steps: int) -> dict[str, Any] | None:
+    """What `finished.json` says, if the run ended and its planned length has not changed since."""
+    file = run_dir / FINISHED
+    if not file.is_file() or not (run_dir / POLICY).is_dir():
+        return None
+    finished = json.loads(file.read_text(encoding="utf-8"))
+    return finished if finished["max_steps"] == max_steps else None
+
+
+def _write_json(file: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2) + "\n"
+    store.write_atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -1,0 +1,109 @@
+"""What a run leaves behind: the policy, and the fingerprint by which a checkpoint knows its run.
+
+Legend: B training rows, U users, K experts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from array import array
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from prefmix.data.comparisons import ComparisonTable
+from prefmix.evaluation.scoring import score_rows
+from prefmix.experts.base_model import BaseModel
+from prefmix.mixture.posterior import group_log_lik
+from prefmix.policy.config import PolicyConfig
+from prefmix.policy.mixture_policy import MixturePolicy
+from prefmix.policy.user_state import UserState
+from prefmix.training.config import MixtureConfig
+
+if TYPE_CHECKING:
+    from prefmix.training.trainer import MixtureTrainer
+
+
+def training_log_lik(trainer: MixtureTrainer) -> Float[Tensor, "B K"]:
+    """Log-likelihoods of all training rows under the experts as they are: one pass over the distinct texts."""
+    comparisons, args = trainer.train_comparisons, trainer.args
+    return score_rows(
+        trainer.mixture.experts,
+        comparisons.table,
+        beta=args.betas,
+        label_noise=args.label_noise,
+        states=comparisons.states,
+    ).log_lik
+
+
+def user_state(table: ComparisonTable, log_lik: Float[Tensor, "B K"]) -> UserState:
+    """Evidence of every training user: sum of weight * log p_k over their rows.
+
+    Args:
+        table: training comparisons.
+        log_lik: [B, K] log p_ik.
+    """
+    known = np.flatnonzero(table.user >= 0)
+    user, weight = torch.from_numpy(table.user[known]), torch.from_numpy(table.weight[known]).double()
+    evidence = group_log_lik(log_lik[torch.from_numpy(known)].double(), user, len(table.users), weight)
+    count = torch.zeros(len(table.users), dtype=torch.float64).index_add_(0, user, weight)
+    return UserState(list(table.users), evidence, count)
+
+
+def build_policy(trainer: MixtureTrainer, users: UserState) -> MixturePolicy:
+    """The mixture as it stands with `users`, and where it came from."""
+    args, base = trainer.args, trainer.base
+    gguf_file = getattr(base, "gguf_file", None)
+    config = PolicyConfig(
+        experts=trainer.mixture.experts.describe(),
+        gate=trainer.mixture.gate.describe(),
+        beta=tuple(args.betas),
+        latent=trainer.latent,
+        base_source=base.source,
+        base_sha256=base.sha256,
+        label_noise=args.label_noise,
+        base_revision=args.model_revision,
+        base_gguf_file=gguf_file,
+        dtype=str(args.trunk_dtype).removeprefix("torch."),
+        max_length=args.max_length,
+        truncation_mode=args.truncation_mode,
+        provenance={
+            "data_sha256": trainer.identity["data_sha256"],
+            "training_rows": len(trainer.train_comparisons.table),
+            "steps": trainer.state.global_step,
+            "seed": args.seed,
+            "init": trainer.init,
+            "torch": torch.__version__,
+            "hardware": f"{platform.machine()}, {args.device.type}",
+        },
+    )
+    return MixturePolicy(trainer.mixture, base.tokenizer, config, users, trainer.metadata_encoder)
+
+
+def identity(args: MixtureConfig, base: BaseModel, table: ComparisonTable, latent: str) -> dict[str, Any]:
+    """What a checkpoint must agree with to continue this run; JSON values."""
+    return {
+        "data_sha256": table_sha256(table),
+        "base_sha256": base.sha256,
+        "num_experts": args.num_experts,
+        "head": args.head,
+        "expert_rank": args.expert_rank,
+        "gate": list(args.gate),
+        "gate_update": args.gate_update,
+        "latent": latent,
+    }
+
+
+def table_sha256(table: ComparisonTable) -> str:
+    """SHA-256 of the token ids and of every column that training reads."""
+    digest = hashlib.sha256()
+    for lists in (table.texts.prompt_ids, table.texts.completion_ids):
+        for ids in lists:
+            digest.update(array("q", [len(ids), *ids]).tobytes())
+    for column in (table.chosen, table.rejected, table.user, table.weight):
+        digest.update(np.ascontiguousarray(column).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,183 @@
+"""From rows, a base model and a configuration to what training needs: tables, trunk states, experts and gate.
+
+Legend: B comparisons, P distinct prompts, D hidden, M metadata features, K experts.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prefmix.data.collator import ComparisonCollator
+from prefmix.data.comparisons import ComparisonTable
+from prefmix.data.readers import read_source
+from prefmix.data.tokenization import tokenize_rows
+from prefmix.data.users import MetadataEncoder
+from prefmix.experts.base_model import BaseModel, load_base
+from prefmix.experts.shared_base import SharedBaseExperts
+from prefmix.experts.trunk_cache import TrunkStates, build_trunk_states
+from prefmix.mixture.gates import Gate
+from prefmix.policy.mixture_model import MixtureModel
+from prefmix.training.config import MixtureConfig
+from prefmix.training.options import gate_problems
+
+logger = logging.getLogger(__name__)
+
+ResolvedLatent = Literal["pair", "user"]
+
+
+class Comparisons(NamedTuple):
+    """A table with everything that the model reads of it.
+
+    Attributes:
+        table: B comparisons.
+        states: cached trunk states of its texts, or None where the trunk runs in every step.
+        prompt_states: [P, D] pooled states of its prompts, where the gate reads them.
+        metadata: [B, M] encoded metadata, where the gate reads them.
+    """
+
+    table: ComparisonTable
+    states: TrunkStates | None
+    prompt_states: Float[Tensor, "P D"] | None
+    metadata: Float[Tensor, "B M"] | None
+
+    def collator(self, group: np.ndarray, pad_token_id: int) -> ComparisonCollator:
+        """Makes batches of this table; `group` [B] is the latent group of each row."""
+        return ComparisonCollator(
+            self.table,
+            group=group,
+            pad_token_id=pad_token_id,
+            states=None if self.states is None else self.states.gather,
+            prompt_states=self.prompt_states,
+            metadata=self.metadata,
+        )
+
+
+def as_base_model(
+    model: str | Path | PreTrainedModel | BaseModel, args: MixtureConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> BaseModel:
+    """Loads the base model in the trunk's type, or takes the given one; a given tokenizer wins.
+
+    Raises:
+        ValueError: no tokenizer is known.
+    """
+    base = (
+        model
+        if isinstance(model, BaseModel)
+        else load_base(
+            model, dtype=args.trunk_dtype, revision=args.model_revision, trust_remote_code=args.trust_remote_code
+        )
+    )
+    if tokenizer is not None:
+        base = base._replace(tokenizer=tokenizer)
+    if base.tokenizer is None:
+        raise ValueError("processing_class=None: the model came without a tokenizer; give its tokenizer")
+    return base
+
+
+def as_table(
+    source: Any, tokenizer: PreTrainedTokenizerBase, args: MixtureConfig, like: ComparisonTable | None = None
+) -> ComparisonTable:
+    """Reads and tokenizes rows in any form; a table is taken as it is.
+
+    Args:
+        source: rows, a `datasets` object, a file, a folder, a name, or a `ComparisonTable`.
+        tokenizer: the base model's tokenizer.
+        args: lengths and truncation.
+        like: the training table, whose users and groups keep their indices.
+    """
+    if isinstance(source, ComparisonTable):
+        return source
+    rows = read_source(source)
+    table = tokenize_rows(
+        rows.rows,
+        tokenizer,
+        max_length=args.max_length,
+        truncation_mode=args.truncation_mode,
+        users=None if like is None else like.users,
+        groups=None if like is None else like.groups,
+        where=rows.where,
+        source=rows.name,
+        progress=not args.disable_tqdm,
+    )
+    if table.dropped:
+        logger.info("%s: left out %s", rows.name, ", ".join(f"{n} rows ({why})" for why, n in table.dropped.items()))
+    return table
+
+
+def resolve_latent(args: MixtureConfig, table: ComparisonTable) -> ResolvedLatent:
+    """`auto` is `user` where most users have two or more rows and the gate is constant within a user, else `pair`."""
+    if args.latent != "auto":
+        return args.latent
+    rows_of_user = np.bincount(table.user[table.user >= 0], minlength=len(table.users))
+    repeated = len(rows_of_user) > 0 and np.mean(rows_of_user >= 2) > 0.5
+    return "user" if repeated and not gate_problems(args.gate, "user") else "pair"
+
+
+def metadata_encoder(args: MixtureConfig, table: ComparisonTable, latent: ResolvedLatent) -> MetadataEncoder | None:
+    """Features of the gate's metadata term; under `latent="user"` only fields that are constant within a user."""
+    if "metadata" not in args.gate:
+        return None
+    return MetadataEncoder.fit(table.metadata, user_fields_only=latent == "user")
+
+
+def comparisons(
+    table: ComparisonTable, base: BaseModel, args: MixtureConfig, encoder: MetadataEncoder | None
+) -> Comparisons:
+    """Computes or finds the trunk states of a table, and the gate's features."""
+    states = None if args.cache_states == "off" else trunk_states(table, base, args)
+    prompt_states = None
+    if "prompt" in args.gate:
+        prompt_states = (states or trunk_states(table, base, args)).prompt_mean
+    metadata = None if encoder is None else torch.from_numpy(encoder.encode(table.metadata))
+    return Comparisons(table, states, prompt_states, metadata)
+
+
+def trunk_states(table: ComparisonTable, base: BaseModel, args: MixtureConfig) -> TrunkStates:
+    """States of every distinct text; on disk unless asked otherwise, because later epochs and runs read them again."""
+    return build_trunk_states(
+        base,
+        table.texts,
+        mode="disk" if args.cache_states in ("auto", "disk") else "memory",
+        cache_dir=args.cache_dir,
+        dtype=args.trunk_dtype,
+        progress=not args.disable_tqdm,
+    )
+
+
+def build_model(
+    base: BaseModel, args: MixtureConfig, train: Comparisons, encoder: MetadataEncoder | None
+) -> MixtureModel:
+    """K untrained experts on the frozen base, and a uniform gate, seeded by `args.seed`."""
+    generator = torch.Generator().manual_seed(args.seed)
+    experts = SharedBaseExperts(
+        base.model, args.num_experts, head=args.head, rank=args.expert_rank, generator=generator
+    )
+    terms = tuple(args.gate)
+    gate = Gate(
+        args.num_experts,
+        terms,
+        num_users=len(train.table.users) if "user" in terms else 0,
+        prompt_dim=0 if train.prompt_states is None else train.prompt_states.shape[1],
+        metadata_dim=0 if encoder is None else len(encoder),
+        # Only a purely global gate has a closed form; every other one learns by gradient.
+        update=args.gate_update if terms == ("global",) else "gradient",
+        alpha=args.gate_prior_alpha,
+    )
+    if train.prompt_states is not None:
+        gate.fit_prompt_scale(train.prompt_states)
+    return MixtureModel(experts, gate)
+
+
+def known_users(table: ComparisonTable, num_users: int) -> ComparisonTable:
+    """The table with users beyond the first `num_users` (the training set's) marked as unknown, -1."""
+    user = np.where(table.user < num_users, table.user, -1)
+    return replace(table, user=user, users=table.users[:num_users])
