@@ -59,10 +59,10 @@ def pack_completions(states: Float[Tensor, "N L D"], texts: PaddedTexts) -> Pack
     """Keeps the state before every completion token, texts one after another.
 
     With prompt tokens p, completion tokens c and one text [p0 p1 c0 c1], the states of p1 and c0 are kept, with targets
-    c0 and c1.
+    c0 and c1. The first token of a text has no state before it, so a text with an empty prompt is scored from its
+    second token on (as in TRL).
     """
     predicts = texts.completion_mask[:, 1:].bool()
-    assert not bool(texts.completion_mask[:, 0].any()), "a completion token without a token before it"
     text, position = predicts.nonzero(as_tuple=True)
     targets = texts.input_ids[text, position + 1]
     return PackedStates(states[text, position], targets, text, len(texts.input_ids))

@@ -1,0 +1,125 @@
+"""One reading of many texts by a frozen trunk, in batches of like length.
+
+Legend: N texts, P prompts, n texts of a batch, L its longest text, T its completion tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from prefmix.data.comparisons import TextTable
+from prefmix.experts.interface import PackedStates, PaddedTexts
+from prefmix.experts.trunk import pack_completions, trunk_states
+
+
+class TextBatch(NamedTuple):
+    """What the trunk says of some texts, on the CPU.
+
+    Attributes:
+        text_ids: [n] which texts.
+        packed: states before their completion tokens; segments count within the batch.
+        completion_mean: [n, D] float32 mean of the states *at* the completion tokens.
+        prompt_mean: [n, D] float32 mean of the states at the prompt tokens; zeros for an empty prompt.
+    """
+
+    text_ids: np.ndarray
+    packed: PackedStates
+    completion_mean: Float[Tensor, "n D"]
+    prompt_mean: Float[Tensor, "n D"]
+
+
+def predicted_lengths(texts: TextTable) -> Int[np.ndarray, "N"]:
+    """Completion tokens that have a token before them: all, or all but the first where the prompt is empty (as in TRL).
+
+    Raises:
+        ValueError: a text has none.
+    """
+    lengths = np.array(
+        [
+            len(completion) - (not len(prompt))
+            for prompt, completion in zip(texts.prompt_ids, texts.completion_ids, strict=True)
+        ],
+        dtype=np.int64,
+    )
+    if len(lengths) and lengths.min() < 1:
+        raise ValueError(f"text {int(lengths.argmin())}: no completion token can be scored; drop the row")
+    return lengths
+
+
+def read_texts(
+    model: PreTrainedModel, texts: TextTable, *, tokens_per_batch: int, progress: bool
+) -> Iterator[TextBatch]:
+    """Runs the trunk over every text once, longest first (so that memory problems show at once).
+
+    Args:
+        model: a frozen causal language model, on any device.
+        texts: N texts.
+        tokens_per_batch: padded tokens in a batch, at least one text.
+        progress: whether a bar counts tokens on stderr.
+    """
+    lengths = np.array([len(p) + len(c) for p, c in zip(texts.prompt_ids, texts.completion_ids, strict=True)])
+    device = model.get_output_embeddings().weight.device
+    with tqdm(total=int(lengths.sum()), unit="tok", desc="reading texts", disable=not progress) as bar:
+        for text_ids in _batches(lengths, tokens_per_batch):
+            yield _read_batch(model, texts, text_ids, device)
+            bar.update(int(lengths[text_ids].sum()))
+
+
+def read_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "P D"]:
+    """Mean state of each prompt, float32; for prompts that no text has."""
+    device = model.get_output_embeddings().weight.device
+    means = []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)], dtype=torch.int64, device=device)
+        states = trunk_states(model, ids, torch.ones_like(ids))[0]
+        means.append(states.float().mean(0).cpu())
+    return torch.stack(means)
+
+
+def _batches(lengths: Int[np.ndarray, "N"], tokens_per_batch: int) -> Iterator[np.ndarray]:
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        size = max(1, tokens_per_batch // int(lengths[order[start]]))
+        yield order[start : start + size]
+        start += size
+
+
+def _read_batch(model: PreTrainedModel, texts: TextTable, text_ids: np.ndarray, device: torch.device) -> TextBatch:
+    padded = PaddedTexts(*(field.to(device) for field in pad_texts(texts, text_ids)))
+    states = trunk_states(model, padded.input_ids, padded.attention_mask)
+    packed = pack_completions(states, padded)
+    return TextBatch(
+        text_ids=text_ids,
+        packed=PackedStates(packed.hidden.cpu(), packed.targets.cpu(), packed.segments.cpu(), packed.num_texts),
+        completion_mean=_masked_mean(states, padded.completion_mask).cpu(),
+        prompt_mean=_masked_mean(states, padded.attention_mask - padded.completion_mask).cpu(),
+    )
+
+
+def pad_texts(texts: TextTable, text_ids: np.ndarray) -> PaddedTexts:
+    """Token ids of some texts, padded on the right with token 0 (masked, so any token would do)."""
+    rows = [(texts.prompt_ids[i], texts.completion_ids[i]) for i in text_ids]
+    longest = max(len(prompt) + len(completion) for prompt, completion in rows)
+    input_ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    attention_mask, completion_mask = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+    for row, (prompt, completion) in enumerate(rows):
+        length = len(prompt) + len(completion)
+        input_ids[row, :length] = torch.tensor([*prompt, *completion], dtype=torch.int64)
+        attention_mask[row, :length] = 1
+        completion_mask[row, len(prompt) : length] = 1
+    return PaddedTexts(input_ids, attention_mask, completion_mask)
+
+
+def _masked_mean(states: Float[Tensor, "n L D"], mask: Int[Tensor, "n L"]) -> Float[Tensor, "n D"]:
+    weight = mask.float()
+    total = torch.einsum("nld,nl->nd", states.float(), weight)
+    return total / weight.sum(1, keepdim=True).clamp(min=1)

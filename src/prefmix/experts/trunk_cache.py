@@ -1,0 +1,174 @@
+"""States of the frozen trunk, computed once per text and kept: in a memory-mapped file or in memory.
+
+The trunk never changes, so an epoch over cached states costs the heads alone. A cache is found by what it was computed
+from (base weights, token ids, type, format), never by a name, so it cannot be stale.
+
+Legend: N texts, P prompts, T completion tokens of all texts, t those of a batch, D hidden.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from prefmix.data.comparisons import TextTable
+from prefmix.experts.base_model import BaseModel
+from prefmix.experts.cache_folder import cache_folder
+from prefmix.experts.text_pass import predicted_lengths, read_prompts, read_texts
+from prefmix.experts.trunk_files import (
+    FORMAT_VERSION,
+    DamagedCache,
+    map_hidden,
+    new_folder,
+    read_tables,
+    write_tables,
+)
+
+
+class TrunkStates:
+    """Trunk states of N texts.
+
+    Attributes:
+        completion_mean: [N, D] float32 mean state at each text's completion tokens.
+        prompt_mean: [P, D] float32 mean state at each prompt's tokens.
+        folder: where they lie on disk, or None.
+    """
+
+    def __init__(self, hidden: Float[Tensor, "T D"], tables: dict[str, Tensor], folder: Path | None = None) -> None:
+        """Wraps states in text order; `tables` holds offsets [N+1], targets [T], completion_mean and prompt_mean."""
+        self._hidden, self._targets = hidden, tables["targets"]
+        self._offsets = tables["offsets"].numpy()
+        self.completion_mean: Float[Tensor, "N D"] = tables["completion_mean"]
+        self.prompt_mean: Float[Tensor, "P D"] = tables["prompt_mean"]
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """T, completion tokens of all texts."""
+        return len(self._targets)
+
+    def gather(self, text_ids: Int[np.ndarray, "n"] | Int[Tensor, "n"] | Sequence[int]) -> dict[str, Tensor]:
+        """The packed states of some texts, in the order given.
+
+        Returns:
+            hidden [t, D], targets [t] and segments [t] (0..n-1), the fields of `PackedStates`.
+        """
+        ids = np.asarray(text_ids, dtype=np.int64)
+        lengths = self._offsets[ids + 1] - self._offsets[ids]
+        rows = torch.from_numpy(_ragged_rows(self._offsets[ids], lengths))
+        segments = torch.from_numpy(np.repeat(np.arange(len(ids)), lengths))
+        return {"hidden": self._hidden[rows], "targets": self._targets[rows], "segments": segments}
+
+
+def build_trunk_states(
+    base: BaseModel,
+    texts: TextTable,
+    *,
+    mode: Literal["disk", "memory"] = "disk",
+    cache_dir: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    tokens_per_batch: int = 4096,
+    progress: bool = True,
+) -> TrunkStates:
+    """Runs the trunk over every distinct text once, or finds that it was done before.
+
+    Args:
+        base: the frozen base.
+        texts: N distinct texts.
+        mode: "disk" memory-maps a file that later runs reuse; "memory" keeps a tensor for this process.
+        cache_dir: folder for "disk"; by default `trunk_states` in the user's cache folder.
+        dtype: type of the stored states; a 16-bit type halves the file (2 D bytes a completion token).
+        tokens_per_batch: padded tokens that the trunk reads at once.
+        progress: whether a bar counts tokens on stderr.
+
+    Returns:
+        `TrunkStates`, equal to states of single unpadded texts up to rounding.
+
+    Raises:
+        ValueError: a text without a completion token, or a disk that is too full.
+    """
+    lengths = predicted_lengths(texts)
+    if mode == "memory":
+        width = base.model.get_output_embeddings().weight.shape[1]
+        hidden = torch.empty(int(lengths.sum()), width, dtype=dtype)
+        return TrunkStates(hidden, _fill(hidden, base, texts, lengths, tokens_per_batch, progress))
+    root = Path(cache_dir).expanduser() if cache_dir is not None else cache_folder() / "trunk_states"
+    folder = root / cache_key(base, texts, dtype)
+    if folder.exists():
+        try:
+            return _open(folder, dtype)
+        except DamagedCache as damage:
+            warnings.warn(f"trunk states are damaged and are computed again ({damage})", UserWarning, stacklevel=2)
+    with new_folder(folder) as staging:
+        width = base.model.get_output_embeddings().weight.shape[1]
+        hidden = map_hidden(staging, int(lengths.sum()), width, dtype, create=True)
+        tables = _fill(hidden, base, texts, lengths, tokens_per_batch, progress)
+        write_tables(staging, tables, dtype)
+    return _open(folder, dtype)
+
+
+def cache_key(base: BaseModel, texts: TextTable, dtype: torch.dtype) -> str:
+    """SHA-256 of everything that the stored states depend on."""
+    digest = hashlib.sha256(f"trunk states {FORMAT_VERSION} {base.sha256} {dtype}".encode())
+    for lists in (texts.prompt_ids, texts.completion_ids, texts.prompts):
+        digest.update(np.array([len(ids) for ids in lists], dtype=np.int64).tobytes())
+        for ids in lists:
+            digest.update(np.asarray(ids, dtype=np.int64).tobytes())
+    digest.update(np.asarray(texts.prompt_index, dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def _open(folder: Path, dtype: torch.dtype) -> TrunkStates:
+    tables = read_tables(folder)
+    width = tables["completion_mean"].shape[1]
+    return TrunkStates(map_hidden(folder, len(tables["targets"]), width, dtype), tables, folder)
+
+
+def _fill(
+    hidden: Float[Tensor, "T D"],
+    base: BaseModel,
+    texts: TextTable,
+    lengths: Int[np.ndarray, "N"],
+    tokens_per_batch: int,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """Writes every state into its place in `hidden` and returns the tables."""
+    base.model.eval()
+    offsets = np.concatenate([[0], lengths.cumsum()])
+    targets = torch.empty(len(hidden), dtype=torch.int64)
+    completion_mean = torch.zeros(len(texts), hidden.shape[1])
+    prompt_mean = torch.zeros(len(texts.prompts), hidden.shape[1])
+    for batch in read_texts(base.model, texts, tokens_per_batch=tokens_per_batch, progress=progress):
+        rows = torch.from_numpy(_ragged_rows(offsets[batch.text_ids], lengths[batch.text_ids]))
+        hidden[rows] = batch.packed.hidden.to(hidden.dtype)
+        targets[rows] = batch.packed.targets
+        completion_mean[batch.text_ids] = batch.completion_mean
+        # Texts of one prompt agree on it up to rounding: the trunk is causal.
+        prompt_mean[texts.prompt_index[batch.text_ids]] = batch.prompt_mean
+    unread = np.setdiff1d(np.arange(len(texts.prompts)), texts.prompt_index)
+    unread = np.array([p for p in unread if len(texts.prompts[p])], dtype=np.int64)
+    if len(unread):
+        prompt_mean[unread] = read_prompts(base.model, [texts.prompts[p] for p in unread])
+    return {
+        "offsets": torch.from_numpy(offsets),
+        "targets": targets,
+        "completion_mean": completion_mean,
+        "prompt_mean": prompt_mean,
+    }
+
+
+def _ragged_rows(starts: Int[np.ndarray, "n"], lengths: Int[np.ndarray, "n"]) -> Int[np.ndarray, "t"]:
+    """starts[0], starts[0]+1, ..., (lengths[0] of them), starts[1], ..."""
+    before = lengths.cumsum() - lengths
+    return np.repeat(starts - before, lengths) + np.arange(lengths.sum())
