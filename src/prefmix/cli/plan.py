@@ -9,6 +9,7 @@ from prefmix.cli.fields import all_fields
 from prefmix.cli.model_check import check_model
 from prefmix.cli.recipe import Recipe
 from prefmix.data.validation import ValidationReport, validate
+from prefmix.training.options import gate_problems
 
 _SHOWN = ("num_experts", "head", "expert_rank", "beta", "gate", "estep", "learning_rate", "num_train_epochs", "seed")
 
@@ -31,27 +32,36 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
     plan["model"] = check_model(
         values["model"], revision=values.get("model_revision"), trust_remote_code=values.get("trust_remote_code", False)
     )
-    _check_output(Path(values["output_dir"]))
+    _check_output(Path(values["output_dir"]), values)
     plan["output_dir"] = values["output_dir"]
-    plan["latent"] = _latent(values.get("latent", "auto"), train)
+    plan["latent"] = _latent(values, train)
     plan |= {name: values.get(name, all_fields()[name].default) for name in _SHOWN}
     return plan
 
 
 def _describe(source: str, report: ValidationReport) -> str:
-    facts = report.to_dict()
-    text = f"{source}: {facts['rows']} rows, {facts['users']} users"
-    dropped = sum(facts.get("dropped", {}).values())
-    return text + (f", {dropped} dropped (ties and rows of weight 0)" if dropped else "")
+    text = f"{source}: {report.rows} rows, {report.users} users, {report.texts} texts, {report.prompts} prompts"
+    dropped = ", ".join(f"{count} left out ({reason})" for reason, count in report.dropped.items())
+    return f"{text}, {dropped}" if dropped else text
 
 
-def _latent(latent: str, report: ValidationReport) -> str:
-    """The rule of `latent="auto"`: a user carries one expert where user ids repeat."""
-    if latent != "auto":
-        return latent
-    return "user (user ids repeat)" if report.users and report.rows > report.users else "pair (no repeated user ids)"
+def _latent(values: dict[str, Any], report: ValidationReport) -> str:
+    """What `latent="auto"` will be (`training.setup.resolve_latent`), and why."""
+    if values.get("latent", "auto") != "auto":
+        return values["latent"]
+    if 2 * (report.users - report.users_with_one_row) <= report.users:
+        return "pair (most users have a single row)" if report.users else "pair (the rows name no users)"
+    if gate_problems(values.get("gate", ["global"]), "user"):
+        return "pair (the gate changes within a user)"
+    return f"user (half of the users have {report.rows_per_user_median:g} rows or more)"
 
 
-def _check_output(folder: Path) -> None:
+def _check_output(folder: Path, values: dict[str, Any]) -> None:
     if folder.is_file():
         raise ValueError(f"output_dir={str(folder)!r} is a file; name a folder")
+    old = [*folder.glob("checkpoint-*"), *folder.glob("finished.json"), *folder.glob("policy")]
+    if old and not values.get("overwrite_output_dir") and not values.get("resume_from_checkpoint"):
+        raise ValueError(
+            f"output_dir={str(folder)!r} holds a run ({old[0].name}); go on with it: --resume_from_checkpoint auto, "
+            "replace it: --overwrite_output_dir, or name another folder"
+        )

@@ -151,7 +151,7 @@ def _known(name: str, lines: Mapping[str, str], problems: list[str]) -> bool:
 
 
 def _option_problems(values: Mapping[str, Any]) -> list[str]:
-    """All problems: `validate_options` looks at ranges once types are right, so fields of a wrong type are set aside."""
+    """All problems: ranges are looked at once types are right, so fields of a wrong type are set aside."""
     problems = _validation_lines(values)
     wrong_types = {line.split("=")[0] for line in problems if ": expected " in line}
     if wrong_types:

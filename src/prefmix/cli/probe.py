@@ -1,0 +1,65 @@
+"""`prefmix probe rows.jsonl --model smollm2`: groups of users, before a single expert is trained."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from prefmix.cli.loading import read_checked_rows
+from prefmix.cli.model_check import check_model
+from prefmix.cli.output import add_format, note, print_json, stdout_is_for_results
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("data", help="rows (every format that `prefmix validate` reads); a `user` column finds groups")
+    parser.add_argument("--split", help="which split, where the data has several")
+    parser.add_argument("--model", default="smollm2", help="base model whose states are pooled (default smollm2)")
+    parser.add_argument(
+        "--num_experts",
+        type=int,
+        nargs="+",
+        default=[1, 2, 3, 4],
+        help="numbers of groups to compare, 1 2 3 4 by default",
+    )
+    parser.add_argument("--probe_dim", type=int, default=64, help="principal directions of the pooled states")
+    parser.add_argument("--probe_restarts", type=int, default=8, help="random starts of each fit")
+    parser.add_argument("--max_length", type=int, default=1024, help="longest prompt plus completion in tokens")
+    parser.add_argument("--seed", type=int, default=0, help="of splits and starts")
+    parser.add_argument("--cache_dir", help="folder of cached trunk states; default: the user's cache folder")
+    parser.add_argument("--output", help="where the report goes as JSON")
+    add_format(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Reads every text once through the frozen trunk, then fits mixtures of linear rewards."""
+    rows = read_checked_rows(args.data, args.split)
+    check_model(args.model)
+    with stdout_is_for_results():
+        report = _probe(args, rows)
+    if args.output:
+        import json
+
+        Path(args.output).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+        note(f"wrote the report to {args.output}")
+    print_json(report.to_dict()) if args.format == "json" else print(report.text())
+
+
+def _probe(args, rows):  # type: ignore[no-untyped-def]
+    from prefmix.data.tokenization import tokenize_rows
+    from prefmix.experiments.probe_report import probe_rows
+    from prefmix.experts.base_model import load_base
+    from prefmix.experts.trunk_cache import build_trunk_states
+
+    base, watched = load_base(args.model), sys.stderr.isatty()
+    table = tokenize_rows(rows, base.tokenizer, max_length=args.max_length, progress=watched)
+    states = build_trunk_states(base, table.texts, cache_dir=args.cache_dir, progress=watched)
+    return probe_rows(
+        table,
+        states,
+        candidates=args.num_experts,
+        dim=args.probe_dim,
+        restarts=args.probe_restarts,
+        seed=args.seed,
+    )
