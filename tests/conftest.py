@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
@@ -22,6 +23,10 @@ _shape_checker = ModuleType("prefmix_shape_checker")
 _shape_checker.__dict__["check"] = beartype(conf=BeartypeConf(is_pep484_tower=True))
 sys.modules[_shape_checker.__name__] = _shape_checker
 install_import_hook(["prefmix.mixture", "prefmix.kernels"], f"{_shape_checker.__name__}.check")
+
+# A loaded machine must not fail a test, and a failure must come back.
+settings.register_profile("prefmix", deadline=None, derandomize=True)
+settings.load_profile("prefmix")
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

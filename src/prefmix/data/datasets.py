@@ -82,7 +82,10 @@ def load_jester(*, pairs_per_user: int = 30, min_gap: float = 4.0, seed: int = 0
 
 
 def load_movielens(*, pairs_per_user: int = 30, min_gap: float = 2.0, seed: int = 0) -> list[dict[str, Any]]:
-    """Pairs of films that one person rated at least `min_gap` stars apart; metadata: user_age, user_sex, user_occupation."""
+    """Pairs of films that one person rated at least `min_gap` stars apart.
+
+    Metadata: `user_age`, `user_sex`, `user_occupation`.
+    """
     from prefmix.data.ratings import rating_pairs
 
     films = read_named_file("movielens", "movies")
@@ -144,8 +147,8 @@ def read_named_file(name: str, file: str) -> list[dict[str, Any]]:
         return _hub_records("Anthropic/hh-rlhf", data_dir="harmless-base", split="test")
     looked = f"PREFMIX_DATA is {folder}, which has no {name}/{file}.jsonl.gz" if folder else "PREFMIX_DATA is not set"
     raise ValueError(
-        f"data set {name!r} is not here: {looked}. Set PREFMIX_DATA to a folder that holds {name}/{file}.jsonl.gz, made "
-        f"from {PUBLISHERS[name]}, or use 'convarg', which the package ships."
+        f"data set {name!r} is not here: {looked}. Set PREFMIX_DATA to a folder that holds {name}/{file}.jsonl.gz, "
+        f"made from {PUBLISHERS[name]}, or use 'convarg', which the package ships."
     )
 
 
@@ -157,8 +160,8 @@ def _hub_records(repository: str, **options: Any) -> list[dict[str, Any]]:
     except Exception as error:  # the hub's client raises many kinds; all of them mean that it is not to be had
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"data set {repository!r} did not come from the hub ({reason}). Check the network and HF_HUB_OFFLINE, or set "
-            "PREFMIX_DATA to a folder that holds it."
+            f"data set {repository!r} did not come from the hub ({reason}). Check the network and HF_HUB_OFFLINE, or "
+            "set PREFMIX_DATA to a folder that holds it."
         ) from None
 
 
@@ -204,7 +207,7 @@ def _download(url: str, md5: str) -> bytes:
             data: bytes = answer.read()
     except OSError as error:
         raise ValueError(
-            f"{url} could not be fetched ({error}). Check the network, or set PREFMIX_DATA to a folder that holds the set."
+            f"{url} could not be fetched ({error}). Check the network, or set PREFMIX_DATA to a folder that holds it."
         ) from None
     if hashlib.md5(data).hexdigest() != md5:
         raise ValueError(f"{url} has another content than expected (md5 {md5}). Try again; if it stays so, report it.")

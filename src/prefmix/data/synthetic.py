@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -66,9 +67,8 @@ def planted_groups(
         raise ValueError(f"noise={noise} must be at least 0 and below 0.5: at 0.5 the answers say nothing.")
     rng = np.random.default_rng(seed)
     splits = _split_texts(texts_by_side, rng)
-    names = [
-        f"u{index:0{max(3, len(str(num_users + num_new_users - 1)))}d}" for index in range(num_users + num_new_users)
-    ]
+    digits = max(3, len(str(num_users + num_new_users - 1)))
+    names = [f"u{index:0{digits}d}" for index in range(num_users + num_new_users)]
     groups = list(preferences)
     group_of = dict(zip(names, _balanced(groups, num_users, rng) + _balanced(groups, num_new_users, rng), strict=True))
     known, new = names[:num_users], names[num_users:]
@@ -118,13 +118,13 @@ class _Judge:
 
     def _row(self, texts: Mapping[str, TextsBySide], prompts: Sequence[str], user: str) -> dict[str, Any]:
         rng, group = self._rng, self._group_of[user]
-        prompt = prompts[rng.integers(len(prompts))]
-        first, second = self._pairs[rng.integers(len(self._pairs))]
+        prompt = prompts[int(rng.integers(len(prompts)))]
+        first, second = self._pairs[int(rng.integers(len(self._pairs)))]
         values = self._preferences[group]
         if (values[first] > values[second]) == (rng.random() < self._noise):
             first, second = second, first
         sides = list(texts[prompt].values())
-        chosen, rejected = (side[rng.integers(len(side))] for side in (sides[first], sides[second]))
+        chosen, rejected = (side[int(rng.integers(len(side)))] for side in (sides[first], sides[second]))
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "user": user, "group": group}
 
 
@@ -144,8 +144,8 @@ def _side_pairs(
     ]
     if not pairs:
         raise ValueError(
-            f"preferences={dict(preferences)!r} have no two sides on which every group has a preference. Give different "
-            "values to at least two sides, the same two in all groups."
+            f"preferences={dict(preferences)!r} have no two sides on which every group has a preference. Give "
+            "different values to at least two sides, the same two in all groups."
         )
     return pairs
 
@@ -153,11 +153,12 @@ def _side_pairs(
 def _split_texts(
     texts_by_side: Mapping[str, TextsBySide], rng: np.random.Generator
 ) -> list[dict[str, dict[str, list[str]]]]:
-    """Training, validation and test texts of every side; a text that stands twice goes to one of them."""
+    """Training, validation and test texts of every side; a text on two sides of one prompt is left out."""
     splits: list[dict[str, dict[str, list[str]]]] = [{}, {}, {}]
     for prompt, sides in texts_by_side.items():
+        count = Counter(text for texts in sides.values() for text in set(texts))
         for side, texts in sides.items():
-            distinct = list(dict.fromkeys(texts))
+            distinct = [text for text in dict.fromkeys(texts) if count[text] == 1]
             order = [distinct[i] for i in rng.permutation(len(distinct))]
             first = round(TEXT_SHARES[0] * len(order))
             second = round((TEXT_SHARES[0] + TEXT_SHARES[1]) * len(order))

@@ -19,6 +19,7 @@ from prefmix.data.errors import DataError, RowError, shown
 # Columns that are structured; in a CSV their cells hold JSON.
 JSON_CELLS = ("metadata", "tools", "chat_template_kwargs", "prompt_ids", "chosen_ids", "rejected_ids")
 TEXT_CELLS = ("prompt", "chosen", "rejected")
+_ONE_OBJECT_A_LINE = 'Write one JSON object a line, such as {"prompt": "...", "chosen": "...", "rejected": "..."}.'
 
 
 class FileRows(NamedTuple):
@@ -61,7 +62,11 @@ def read_jsonl(path: Path) -> FileRows:
             rows.append(_as_row(_decode(line)))
             numbers.append(number)
         except _Malformed as error:
-            errors.append(RowError(f"line {number}", "", error.problem, error.remedy or _jsonl_remedy(number, line)))
+            remedy = error.remedy or _ONE_OBJECT_A_LINE
+            if not rows and line.lstrip().startswith(b"["):  # an array: nothing that follows is worth a message
+                array = "One JSON array of objects belongs into a file named .json; .jsonl has one object a line."
+                raise DataError(str(path), [RowError(f"line {number}", "", error.problem, array)]) from None
+            errors.append(RowError(f"line {number}", "", error.problem, remedy))
     if errors:
         raise DataError(str(path), errors)
     return FileRows(rows, "line", numbers)
@@ -153,12 +158,6 @@ def _as_row(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _Malformed(f"is {type(value).__name__} {shown(value)}, not an object")
     return value
-
-
-def _jsonl_remedy(number: int, line: bytes) -> str:
-    if number == 1 and line.lstrip().startswith(b"["):
-        return "One JSON array of objects belongs into a file named .json; .jsonl has one object a line."
-    return 'Write one JSON object a line, such as {"prompt": "...", "chosen": "...", "rejected": "..."}.'
 
 
 def _not_utf8(error: UnicodeDecodeError) -> tuple[str, str]:
