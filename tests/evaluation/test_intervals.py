@@ -45,4 +45,4 @@ def test_equal_models_differ_by_exactly_nothing() -> None:
 def test_one_person_has_no_interval() -> None:
     estimate = cluster_bootstrap([1.0, 0.0], [3, 3])
     assert estimate.mean == 0.5 and math.isnan(estimate.se)
-    assert cluster_bootstrap([], []).count == 0
+    assert cluster_bootstrap([], []).num_rows == 0

@@ -73,7 +73,7 @@ def test_calibration_error_by_hand() -> None:
     right, slight = np.log(0.82 / 0.18), np.log(0.44 / 0.56)
     table = metrics.reliability([right, right, right, -right, slight])
     assert table.ece == pytest.approx(0.8 * 0.07 + 0.2 * 0.56)
-    np.testing.assert_array_equal(table.count, [0, 1, 0, 0, 0, 0, 4, 0, 0, 0])
+    np.testing.assert_array_equal(table.num_rows, [0, 1, 0, 0, 0, 0, 4, 0, 0, 0])
 
 
 def test_calibrated_probabilities_have_small_error_and_overconfident_ones_do_not() -> None:

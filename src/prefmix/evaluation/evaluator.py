@@ -124,8 +124,13 @@ def score_table(policy: MixturePolicy, rows: Rows, *, states: States | None = No
     if isinstance(rows, ComparisonTable):
         table = rows
     else:
-        cut = {"max_length": config.max_length, "truncation_mode": config.truncation_mode}
-        table = tokenize_rows(rows, policy.tokenizer, users=policy.users.names, **cut)
+        table = tokenize_rows(
+            rows,
+            policy.tokenizer,
+            max_length=config.max_length,
+            truncation_mode=config.truncation_mode,
+            users=policy.users.names,
+        )
     if len(table) == 0:
         raise ValueError("rows: no comparison to evaluate; give at least one row that is not a tie")
     index = np.array([policy.users.index(name) for name in table.users], dtype=np.int64)

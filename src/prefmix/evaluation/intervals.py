@@ -15,7 +15,7 @@ class Estimate(NamedTuple):
         mean: mean over comparisons.
         se: bootstrap standard error; nan with fewer than two clusters.
         low, high: percentile interval.
-        count: number of comparisons.
+        num_rows: number of comparisons.
         clusters: number of clusters (people).
     """
 
@@ -23,7 +23,7 @@ class Estimate(NamedTuple):
     se: float
     low: float
     high: float
-    count: int
+    num_rows: int
     clusters: int
 
     def __str__(self) -> str:

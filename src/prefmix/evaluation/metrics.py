@@ -62,15 +62,15 @@ class Reliability(NamedTuple):
 
     Attributes:
         lower, upper: [M] bin edges; the bins divide [0.5, 1].
-        count: [M] comparisons in the bin.
+        num_rows: [M] comparisons in the bin.
         confidence: [M] mean of max(p, 1 - p); nan where empty.
         accuracy: [M] share ranked right; nan where empty.
-        ece: sum_m count_m / B * |accuracy_m - confidence_m|.
+        ece: sum_m num_rows_m / B * |accuracy_m - confidence_m|.
     """
 
     lower: np.ndarray
     upper: np.ndarray
-    count: np.ndarray
+    num_rows: np.ndarray
     confidence: np.ndarray
     accuracy: np.ndarray
     ece: float

@@ -111,10 +111,10 @@ def group_map_text(resp: np.ndarray, truth: Sequence[int] | None = None, width: 
         width: glyphs in a line.
     """
     hard, lines = resp.argmax(axis=1), []
+    kind = np.zeros(len(resp), dtype=int) if truth is None else np.asarray(truth)
     for expert in range(resp.shape[1]):
         members = np.flatnonzero(hard == expert)
-        members = members if truth is None else members[np.argsort(np.asarray(truth)[members], kind="stable")]
-        glyphs = "".join(GLYPHS[0 if truth is None else truth[u] % len(GLYPHS)] for u in members)
+        glyphs = "".join(GLYPHS[k % len(GLYPHS)] for k in np.sort(kind[members]))
         for start in range(0, max(len(glyphs), 1), width):
             label = f"expert {expert} ({len(members):3d} people)" if start == 0 else ""
             lines.append(f"  {label:22s} {glyphs[start : start + width]}".rstrip())

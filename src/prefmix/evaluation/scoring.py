@@ -23,7 +23,7 @@ from prefmix.policy.text_scores import text_log_probs
 class States(Protocol):
     """Cached trunk states (`experts.trunk_cache.TrunkStates`)."""
 
-    def gather(self, text_ids: Tensor) -> dict[str, Tensor]:
+    def gather(self, text_ids: np.ndarray) -> dict[str, Tensor]:
         """The packed states of some texts: hidden, targets, segments."""
         ...
 
@@ -123,9 +123,9 @@ def _cached_log_probs(
     ref_log_probs = torch.empty_like(log_probs)
     ends = np.cumsum([len(texts.completion_ids[i]) for i in used])
     for positions in np.split(np.arange(len(used)), np.flatnonzero(np.diff(ends // tokens_per_chunk)) + 1):
-        packed = states.gather(torch.from_numpy(used[positions]))
-        tensors = (packed[name].to(device) for name in ("hidden", "targets", "segments"))
-        output = experts(PackedStates(*tensors, len(positions)))
+        packed = states.gather(used[positions])
+        hidden, targets, segments = (packed[name].to(device) for name in ("hidden", "targets", "segments"))
+        output = experts(PackedStates(hidden, targets, segments, len(positions)))
         log_probs[positions] = output.log_probs.float().cpu()
         ref_log_probs[positions] = output.ref_log_probs.float().cpu()
     return ExpertLogProbs(log_probs, ref_log_probs)

@@ -43,8 +43,8 @@ def known_user_log_weights(
     if latent == "user":
         offsets = users.log_lik[index]
     else:
-        # The gate has a row for every user of the policy, those that `adapt` met included.
-        offsets = gate.user_offsets(index).detach().double()
+        in_gate = torch.where(index < len(gate.user), index, -1)
+        offsets = gate.user_offsets(in_gate.to(gate.user.device)).detach().double().cpu()
     offsets = torch.where(known.unsqueeze(1), offsets, 0.0)
     return torch.log_softmax(gate_log_weights.double() + offsets, dim=-1)
 
