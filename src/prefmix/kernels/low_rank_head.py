@@ -183,7 +183,7 @@ def _shares_maximum(low: Float[Tensor, "K T r"], up: Float[Tensor, "K V r"]) -> 
     return (bound * LOG2E <= _SAFE_BITS).tolist()
 
 
-def _log_sum_exp(problem: _Problem, shared_max: list[bool], tiles: Tiles) -> Float[Tensor, "K+1 T"]:
+def _log_sum_exp(problem: _Problem, shared_max: list[bool], tiles: Tiles) -> Float[Tensor, "R T"]:
     """log2 sum_v 2^logit of the base (row 0) and of every expert, by a running maximum over tiles."""
     num_experts, num_tokens = problem.low.shape[:2]
     low_bits = problem.low * LOG2E
@@ -211,7 +211,7 @@ def _log_sum_exp(problem: _Problem, shared_max: list[bool], tiles: Tiles) -> Flo
     return shift.add_(total.log2_())
 
 
-def _target_logits(problem: _Problem) -> Float[Tensor, "K+1 T"]:
+def _target_logits(problem: _Problem) -> Float[Tensor, "R T"]:
     """Logit of the target, in nats, under the base (row 0) and every expert."""
     states, low, up, base_weight, bias, targets = problem
     base = torch.linalg.vecdot(states.to(low.dtype), base_weight[targets].to(low.dtype))
@@ -224,7 +224,7 @@ def _subtract_expectations(
     grads: _Gradients,
     grad: Float[Tensor, "K T"],
     problem: _Problem,
-    lse: Float[Tensor, "K+1 T"],
+    lse: Float[Tensor, "R T"],
     shared_max: list[bool],
     tiles: Tiles,
 ) -> None:
