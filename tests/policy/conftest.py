@@ -94,7 +94,9 @@ def make_policy(
             max_length=128,
             provenance={"data_sha256": "abc", "seed": 0},
         )
-        state = UserState(list(users), torch.randn(len(users), num_experts, generator=generator), torch.ones(len(users)))
+        state = UserState(
+            list(users), torch.randn(len(users), num_experts, generator=generator), torch.ones(len(users))
+        )
         return MixturePolicy(MixtureModel(experts, gate), tokenizer, config, state, encoder)
 
     return build

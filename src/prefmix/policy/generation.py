@@ -176,7 +176,10 @@ def decode(
     used = torch.nonzero((log_rho > -torch.inf).any(dim=0))[:, 0]
     decoder = experts.decoder(input_ids, attention_mask, used.tolist() if len(used) < num_experts else None)
     log_rho = log_rho.double()[:, used]
-    processors, eos = options.processors(), torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=input_ids.device)
+    processors, eos = (
+        options.processors(),
+        torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=input_ids.device),
+    )
     rows = torch.arange(len(input_ids), device=input_ids.device)
     # Padding is often the end-of-sequence token, which the repetition penalty must not take for one that was read.
     tokens_read = torch.where(attention_mask == 1, input_ids, input_ids[:, -1:])

@@ -12,6 +12,7 @@ Layout:
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,6 +71,8 @@ def write_policy(path: str | Path, parts: PolicyParts, *, user_state: bool = Tru
         config = parts.config
         if config.base_source == BASE_COPY or not _can_be_found_again(config.base_source):
             config = _copy_base(parts, folder)
+        elif Path(config.base_source).exists():
+            config = replace(config, base_source=os.path.abspath(config.base_source))
         for expert in range(config.num_experts):
             (folder / f"expert_{expert}").mkdir()
             _save(parts.model.experts.expert_state(expert), folder / f"expert_{expert}" / "head.safetensors")
@@ -142,10 +145,8 @@ def _load_checked_base(folder: Path, config: PolicyConfig, base: str | Path | Pr
         options = {"revision": config.base_revision, "gguf_file": config.base_gguf_file}
     try:
         loaded = load_base(source, dtype=getattr(torch, config.dtype) if config.dtype else None, **options)
-    except OSError as error:
-        raise ValueError(
-            f"base model {source}: cannot be loaded ({str(error).splitlines()[0]}); say where it is with base="
-        ) from error
+    except ValueError as error:
+        raise ValueError(f"{error}; if the base model has moved, say where it is with base=") from error
     if loaded.sha256 != config.base_sha256:
         raise ValueError(
             f"base model {source}: sha256 {loaded.sha256[:12]}..., but the experts were trained on "

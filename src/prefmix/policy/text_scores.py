@@ -1,19 +1,15 @@
-"""Log-probabilities of many texts under all experts, in batches of similar length.
-
-Legend: N texts, M chosen texts, K experts, L padded length.
-"""
+"""Log-probabilities of many texts under all experts, in batches of similar length. Legend: N texts, K experts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from prefmix.data.comparisons import TextTable
 from prefmix.experts.interface import AbstractExperts, ExpertLogProbs, PaddedTexts
-
-PADDING = 0  # any token: the attention mask hides it
+from prefmix.experts.text_pass import pad_texts
 
 
 @torch.no_grad()
@@ -36,29 +32,15 @@ def text_log_probs(experts: AbstractExperts, texts: TextTable, *, tokens_per_bat
     return ExpertLogProbs(log_probs, ref_log_probs)
 
 
-def pad_texts(texts: TextTable, rows: Sequence[int]) -> PaddedTexts:
-    """The texts `rows` as right-padded [M, L] tensors."""
-    prompts, completions = [list(texts.prompt_ids[i]) for i in rows], [list(texts.completion_ids[i]) for i in rows]
-    length = max(len(prompt) + len(completion) for prompt, completion in zip(prompts, completions))
-    input_ids = torch.full((len(rows), length), PADDING)
-    attention_mask, completion_mask = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions)):
-        end = len(prompt) + len(completion)
-        input_ids[row, :end] = torch.tensor(prompt + completion)
-        attention_mask[row, :end] = 1
-        completion_mask[row, len(prompt) : end] = 1
-    return PaddedTexts(input_ids, attention_mask, completion_mask)
-
-
-def length_batches(texts: TextTable, tokens_per_batch: int) -> Iterator[list[int]]:
+def length_batches(texts: TextTable, tokens_per_batch: int) -> Iterator[np.ndarray]:
     """Rows of all texts, shortest first, so that little padding is read; a batch holds at least one text."""
     lengths = np.array([len(p) + len(c) for p, c in zip(texts.prompt_ids, texts.completion_ids)], dtype=np.int64)
     batch: list[int] = []
     for row in np.argsort(lengths, kind="stable"):
         # Lengths rise: the newest text is the longest and sets the padded length.
         if batch and (len(batch) + 1) * lengths[row] > tokens_per_batch:
-            yield batch
+            yield np.array(batch)
             batch = []
         batch.append(int(row))
     if batch:
-        yield batch
+        yield np.array(batch)
