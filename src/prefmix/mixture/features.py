@@ -72,8 +72,11 @@ def pool_features(
         within = states - states.mean(dim=0)
     values, vectors = torch.linalg.eigh(within.T @ within / len(within))
     values, vectors = values.flip(0), vectors.flip(1)
-    kept = min(dim, max(1, int((values > 1e-9 * values[0]).sum())))
-    directions = _signed(vectors[:, :kept]) / values[:kept].clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+    # Rounding is no variation: neither beside the largest direction nor beside the states themselves.
+    floor = max(1e-9 * float(values[0]), 1e-12 * float(states.square().mean()))
+    kept = min(dim, max(1, int((values > floor).sum())))
+    spread = torch.where(values[:kept] > floor, values[:kept], 1.0).sqrt()
+    directions = _signed(vectors[:, :kept]) / spread
     length_mean, length_scale = _length_scale(lengths)
     projector = Projector(states.mean(dim=0).float(), directions.float(), length_mean, length_scale)
     return PooledFeatures(project(projector, completion_mean, lengths), projector)

@@ -12,9 +12,8 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from prefmix.mixture.held_out import Gain, held_out_log_loss, paired_gain
 from prefmix.mixture.kmeans import kmeans
@@ -83,9 +82,10 @@ def identifiability(
     features = at_least_float32(features)
     difference = features[chosen] - features[rejected]
     coin = torch.full((len(chosen),), math.log(2.0), dtype=features.dtype)
-    single = held_out_log_loss(difference, pair, generator)
+    single = held_out_log_loss(difference, pair, torch.zeros_like(chosen), generator)
     shared = paired_gain(coin, single, pair)
-    dependence = _prompt_dependence(difference, pair, coin, single, _clusterings(prompt, prompt_features, generator))
+    clusterings = _clusterings(prompt, prompt_features, generator)
+    dependence = _prompt_dependence(difference, pair, coin, single, clusterings, generator)
     level, reason = _judge(share, per_user, shared, dependence)
     return Identifiability(level != "unidentified", level, reason, per_user, share, shared, dependence, both)
 
@@ -159,20 +159,12 @@ def _prompt_dependence(
     coin: Float[Tensor, "B"],
     single: Float[Tensor, "B"],
     clusterings: list[Int[Tensor, "B"]],
+    generator: torch.Generator,
 ) -> Gain:
     """Best clustering's held-out gain over both the coin and the single reward."""
     best = Gain(0.0, 0.0)
     for cluster in clusterings:
-        loss = torch.empty_like(coin)
-        for mask in one_hot(cluster).bool().T:
-            loss[mask] = _cluster_loss(difference, pair, mask)
+        loss = held_out_log_loss(difference, pair, cluster, generator)
         gain = min(paired_gain(coin, loss, pair), paired_gain(single, loss, pair), key=lambda g: g.z)
         best = max(best, gain, key=lambda g: g.z)
     return best
-
-
-def _cluster_loss(
-    difference: Float[Tensor, "B P"], pair: Int[Tensor, "B"], mask: Bool[Tensor, "B"]
-) -> Float[Tensor, "M"]:
-    """Held-out losses of a linear reward fitted within one cluster."""
-    return held_out_log_loss(difference[mask], pair[mask], torch.Generator().manual_seed(0))

@@ -70,7 +70,7 @@ def fit_linear_em(
     generator: torch.Generator,
     anneal_steps: int = 20,
     max_steps: int = 200,
-    tolerance: float = 1e-7,
+    tolerance: float = 1e-6,
 ) -> LinearEM:
     """Generalised EM: exact E-steps (softened by a falling temperature), one safeguarded Newton step per M-step.
 
