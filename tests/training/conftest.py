@@ -17,7 +17,7 @@ BAD = ["bad", "hated", "green", "the film was bad", "I hated the film", "sky is 
 
 
 def opposed_rows(num_users: int = 8, rows_per_user: int = 6, seed: int = 0) -> list[dict[str, Any]]:
-    """Users 0, 2, 4 ... prefer the one kind of answer, users 1, 3, 5 ... the other; user names and true groups are given."""
+    """Users 0, 2, 4 ... prefer the one kind of answer, users 1, 3, 5 ... the other."""
     rng = np.random.default_rng(seed)
     rows = []
     for user in range(num_users):
@@ -28,6 +28,12 @@ def opposed_rows(num_users: int = 8, rows_per_user: int = 6, seed: int = 0) -> l
             row = {"prompt": prompt, "chosen": " " + chosen, "rejected": " " + rejected, "user": f"user{user}"}
             rows.append(row | {"group": "ab"[user % 2], "metadata": {"user_age": 20 + user}})
     return rows
+
+
+@pytest.fixture(scope="session")
+def make_rows() -> Callable[..., list[dict[str, Any]]]:
+    """`opposed_rows`: num_users, rows_per_user, seed."""
+    return opposed_rows
 
 
 @pytest.fixture

@@ -50,16 +50,9 @@ class MetricsFileCallback(TrainerCallback):
             text = "".join(json.dumps(line) + "\n" for line in state.log_history)
             write_atomically(self._file, lambda path: path.write_text(text, encoding="utf-8"))
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        """Adds one line."""
-        if state.is_world_process_zero and logs is not None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Adds the line that the trainer keeps; other callbacks take fields out of what they are shown."""
+        if state.is_world_process_zero:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({**logs, "step": state.global_step}) + "\n")
+                stream.write(json.dumps(state.log_history[-1]) + "\n")
