@@ -2,10 +2,10 @@
 
     python benchmarks/decoding.py --model smollm2 --experts 8 --output decoding.json
 
-First the `mixture` decoder's distribution is compared with enumeration over experts (full forward passes, no cache); only
-then is anything timed. One thread, medians over repetitions, ratios within a repetition with a bootstrap interval. The
-cost of a token is taken after the prompt was read; starting a response (reading the prompt, and the heads' W U_k for all
-its tokens) has its own column.
+First the `mixture` decoder's distribution is compared with enumeration over experts (full forward passes, no cache);
+only then is anything timed. One thread, medians over repetitions, ratios within a repetition with a bootstrap interval.
+The cost of a token is taken after the prompt was read; starting a response (reading the prompt, and the heads' W U_k
+for all its tokens) has its own column.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def processed_log_probs(logits, tokens_read, options):
 
 
 def enumerate_experts(experts, prompt, response, log_weights, options):
-    """Next-token probabilities [T, V], sum_k rho_k pi_k(. | prefix), and rho_k = w_k pi_k(prefix) / sum_j ... [T + 1, K]."""
+    """Next-token probabilities sum_k rho_k pi_k(. | prefix) [T, V], and rho_k ~ w_k pi_k(prefix) [T + 1, K]."""
     logits = expert_logits(experts, prompt + response)
     log_prefix, distributions, rho = log_weights.clone(), [], [log_weights.softmax(0)]
     for t, token in enumerate(response):

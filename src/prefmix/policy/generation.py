@@ -24,10 +24,10 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
 from prefmix.experts.interface import AbstractExperts
+from prefmix.policy.nucleus import NucleusWarper
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class SamplingOptions:
         return self.temperature == 0
 
     def processors(self) -> LogitsProcessorList:
-        """The transformers processors that these options mean, in transformers' order."""
+        """The processors that these options mean, transformers' own or equal to them, in transformers' order."""
         chain = LogitsProcessorList()
         if self.repetition_penalty != 1:
             chain.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
@@ -78,7 +78,7 @@ class SamplingOptions:
         if self.top_k:
             chain.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
-            chain.append(TopPLogitsWarper(self.top_p))
+            chain.append(NucleusWarper(self.top_p))
         return chain
 
 
