@@ -60,6 +60,10 @@ class MixtureOptions:
     init_hold_epochs: float = _field(1.0, "Epochs during which the first responsibilities are held.")
     probe_restarts: int = _field(8, "Random starts of the probe; the best penalised evidence is kept.")
     probe_dim: int = _field(64, "Principal directions of the pooled trunk states that the probe sees.")
+    # --- regularization -----------------------------------------------------------------------------------------------
+    token_dropout: float = _field(
+        0.0, "Share of completion tokens that a training step leaves out. 0.5 keeps heads from memorising few texts."
+    )
     # --- data ---------------------------------------------------------------------------------------------------------
     max_length: int | None = _field(1024, "Longest prompt plus completion in tokens (TRL's default).")
     truncation_mode: Literal["keep_start", "keep_end"] = _field("keep_start", "Which end of a long row stays.")
@@ -221,6 +225,7 @@ def _range_problems(values: Mapping[str, Any]) -> list[str]:
         ("init_hold_epochs", values["init_hold_epochs"] >= 0, "zero or more epochs"),
         ("probe_restarts", values["probe_restarts"] >= 1, "at least 1"),
         ("probe_dim", values["probe_dim"] >= 1, "at least 1"),
+        ("token_dropout", 0 <= values["token_dropout"] < 1, "at least 0 and below 1; 0 reads every token"),
         ("max_length", values["max_length"] is None or values["max_length"] >= 2, "at least 2 tokens, or null"),
     )  # fmt: skip
     problems = [f"{name}={values[name]!r}: {remedy}" for name, holds, remedy in checks if not holds]

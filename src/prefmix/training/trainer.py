@@ -30,6 +30,7 @@ from prefmix.training.metrics_log import Meter, batch_sums
 from prefmix.training.objective import estep_function, held, likelihoods
 from prefmix.training.persistence import AbstractCheckpointedTrainer
 from prefmix.training.result import build_policy, identity, training_log_lik, user_state
+from prefmix.training.token_dropout import drop_tokens, undo_scale
 
 
 class MixtureTrainer(AbstractCheckpointedTrainer):
@@ -119,7 +120,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
     ) -> Any:
         """Loss = - (sum_i ELBO_i + the batch's share of the gate's log prior) / summed weights of the global batch."""
         weight, chosen, rejected = inputs["weight"], inputs["chosen"], inputs["rejected"]
-        output = model(**inputs)
+        output = undo_scale(model(**drop_tokens(inputs, self.args.token_dropout)), self.args.token_dropout)
         lik = likelihoods(output, chosen, rejected, beta=self._beta, label_noise=self.args.label_noise)
         evidence = self._evidence(inputs["row"], lik.log_lik)
         q = self._responsibilities(inputs["group"], output.log_weights, evidence)
@@ -179,10 +180,15 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
     @property
     def policy(self) -> MixturePolicy:
         """The mixture as it stands, with what the training rows say of every user: one pass without gradient."""
+        log_lik = self.refresh_evidence()
+        return build_policy(self, user_state(self.train_comparisons.table, log_lik))
+
+    def refresh_evidence(self) -> Tensor:
+        """Recomputes the evidence of every training row; returns the log-likelihoods [B, K]."""
         log_lik = training_log_lik(self)
         rows = torch.arange(len(log_lik), device=self.args.device)
         self.em.evidence.update(rows, log_lik.float().to(self.args.device))
-        return build_policy(self, user_state(self.train_comparisons.table, log_lik))
+        return log_lik
 
     def running_user_state(self) -> UserState:
         """What the running evidence says of every user; nothing under `pair`, where none is kept."""
