@@ -177,6 +177,14 @@ def test_adaptation_is_kept_when_asked(make_policy, make_tiny_model, tmp_path):
     torch.testing.assert_close(loaded.weights(user="dave"), weights)
 
 
+def test_adapting_a_training_output_writes_to_the_policy_within(make_policy, tmp_path):
+    make_policy().save_pretrained(tmp_path / "out" / "policy")
+    (tmp_path / "out" / "metrics.jsonl").write_text("{}")
+    MixturePolicy.from_pretrained(tmp_path / "out", device="cpu").adapt("carol", ROWS, save=True)
+    assert "carol" in MixturePolicy.from_pretrained(tmp_path / "out", device="cpu").users
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.jsonl", "policy"]
+
+
 def test_score_gives_rewards_margins_and_probabilities(make_policy):
     import json
 

@@ -37,7 +37,8 @@ def load_policy(args: argparse.Namespace) -> MixturePolicy:
     PolicyConfig.from_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     from prefmix.policy.mixture_policy import MixturePolicy
 
-    return MixturePolicy.from_pretrained(folder, base=args.base, device=args.device)
+    # The name that was given, not `folder`: after a killed save `folder` is a leftover, and `adapt --save` writes back.
+    return MixturePolicy.from_pretrained(args.policy, base=args.base, device=args.device)
 
 
 def read_checked_rows(source: str, split: str | None = None) -> list[dict[str, Any]]:

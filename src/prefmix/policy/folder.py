@@ -51,15 +51,25 @@ def replacing_folder(target: Path, marker: str) -> Iterator[Path]:
 
 
 def find_policy(path: str | Path) -> Path:
-    """The policy folder that `path` means: itself, its subfolder `policy`, or what a killed save left beside it.
+    """The folder to read for the policy that `path` means: its home, or what a killed save left beside it.
 
     Raises:
         ValueError: there is none.
     """
-    for candidate in (Path(path), Path(path) / "policy"):
-        found = intact_folder(candidate, marker=CONFIG_FILE)
-        if found is not None:
-            return found
+    found = intact_folder(policy_home(path), marker=CONFIG_FILE)
+    assert found is not None
+    return found
+
+
+def policy_home(path: str | Path) -> Path:
+    """Where the policy that `path` means is saved: `path` itself, or `policy` in it (a training output).
+
+    Raises:
+        ValueError: there is no policy at either place.
+    """
+    for home in (Path(path), Path(path) / "policy"):
+        if intact_folder(home, marker=CONFIG_FILE) is not None:
+            return home
     raise ValueError(
         f"{path}: no policy here (no {CONFIG_FILE}); give the folder that training or save_pretrained wrote"
     )

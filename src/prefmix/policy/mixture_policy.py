@@ -21,6 +21,7 @@ from prefmix.data.users import MetadataEncoder
 from prefmix.experts.shared_base import SharedBaseExperts
 from prefmix.mixture.bradley_terry import implicit_rewards, mixture_log_lik
 from prefmix.policy.config import PolicyConfig
+from prefmix.policy.folder import policy_home
 from prefmix.policy.generation import DECODERS, SamplingOptions
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.policy.preferences import (
@@ -117,7 +118,7 @@ class MixturePolicy:
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         policy = cls(*read_policy(path, base=base, device=device))
-        policy.path = Path(path)
+        policy.path = policy_home(path)
         return policy
 
     # --- weights ------------------------------------------------------------------------------------------------------
