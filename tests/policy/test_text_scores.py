@@ -1,0 +1,33 @@
+"""Batches change nothing but speed."""
+
+from __future__ import annotations
+
+import torch
+
+from prefmix.data.tokenization import tokenize_texts
+from prefmix.policy.text_scores import length_batches, text_log_probs
+
+TEXTS = [
+    ("Where is the sun?", " In the sky."),
+    ("Where is the sun?", " In the sea."),
+    ("", "Once upon a time there was a little girl who lived in a small house near the forest."),
+    ("Write a review of the film.", " I loved the film, it was great."),
+]
+
+
+def test_texts_alone_equal_texts_in_batches(make_tiny_model, make_experts, tiny_tokenizer):
+    experts = make_experts(make_tiny_model())
+    texts = tokenize_texts(TEXTS, tiny_tokenizer)
+    together = text_log_probs(experts, texts)
+    for budget in (1, 60):
+        apart = text_log_probs(experts, texts, tokens_per_batch=budget)
+        torch.testing.assert_close(apart.log_probs, together.log_probs, atol=1e-4, rtol=0)
+        torch.testing.assert_close(apart.ref_log_probs, together.ref_log_probs, atol=1e-4, rtol=0)
+
+
+def test_batches_hold_every_text_once_and_keep_to_the_budget(tiny_tokenizer):
+    texts = tokenize_texts(TEXTS * 3, tiny_tokenizer)
+    lengths = [len(prompt) + len(completion) for prompt, completion in zip(texts.prompt_ids, texts.completion_ids)]
+    batches = [batch.tolist() for batch in length_batches(texts, 100)]
+    assert sorted(row for batch in batches for row in batch) == list(range(12))
+    assert all(len(batch) * max(lengths[row] for row in batch) <= 100 or len(batch) == 1 for batch in batches)
