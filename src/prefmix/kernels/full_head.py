@@ -52,11 +52,14 @@ def full_head_log_probs(
 
     Relations: costs K + 1 output products forward and 2 K backward; `low_rank_head.head_log_probs` shares one.
     """
-    if impl == "eager":
-        tokens = _eager(hidden, weights, base_weight, bias, targets)
-    else:
-        tokens = _FullHead.apply(hidden, weights, base_weight, bias, targets, tiles or default_tiles(hidden.device))
-    return sum_by_text(*tokens, segments, num_texts)
+    tiles = default_tiles(hidden.device) if tiles is None else tiles
+    # The product's type is the base's; a trainer's autocast must not change it.
+    with torch.autocast(hidden.device.type, enabled=False):
+        if impl == "eager":
+            tokens = _eager(hidden, weights, base_weight, bias, targets)
+        else:
+            tokens = _FullHead.apply(hidden, weights, base_weight, bias, targets, tiles)
+        return sum_by_text(*tokens, segments, num_texts)
 
 
 class _TokenLogProbs(NamedTuple):

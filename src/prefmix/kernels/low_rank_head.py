@@ -62,14 +62,15 @@ def head_log_probs(
     Relations: `full_head.full_head_log_probs` for heads without low-rank structure.
     """
     accumulate = accumulation_dtype(torch.promote_types(hidden.dtype, down.dtype))
-    low = torch.einsum("td,krd->ktr", hidden.to(accumulate), down.to(accumulate))
-    if impl == "eager":
-        tokens = _eager(hidden, low, up.to(accumulate), base_weight, bias, targets)
-    else:
-        tokens = _LowRankHead.apply(
-            hidden, low, up.to(accumulate), base_weight, bias, targets, tiles or default_tiles(hidden.device)
-        )
-    return sum_by_text(*tokens, segments, num_texts)
+    tiles = default_tiles(hidden.device) if tiles is None else tiles
+    # Types are chosen here; a trainer's autocast must not put the corrections into 16 bits.
+    with torch.autocast(hidden.device.type, enabled=False):
+        low = torch.einsum("td,krd->ktr", hidden.to(accumulate), down.to(accumulate))
+        if impl == "eager":
+            tokens = _eager(hidden, low, up.to(accumulate), base_weight, bias, targets)
+        else:
+            tokens = _LowRankHead.apply(hidden, low, up.to(accumulate), base_weight, bias, targets, tiles)
+        return sum_by_text(*tokens, segments, num_texts)
 
 
 class _TokenLogProbs(NamedTuple):

@@ -31,7 +31,8 @@ def project_up(base_weight: Float[Tensor, "V D"], up: Float[Tensor, "K D r"]) ->
     """
     num_experts, hidden, rank = up.shape
     rows = up.transpose(1, 2).reshape(num_experts * rank, hidden)
-    projected = _ProjectRows.apply(rows.to(accumulation_dtype(up.dtype)), base_weight)
+    with torch.autocast(up.device.type, enabled=False):
+        projected = _ProjectRows.apply(rows.to(accumulation_dtype(up.dtype)), base_weight)
     return projected.view(num_experts, rank, len(base_weight)).transpose(1, 2)
 
 
