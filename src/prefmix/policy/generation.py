@@ -175,7 +175,7 @@ def decode(
     num_experts = log_rho.shape[1]
     used = torch.nonzero((log_rho > -torch.inf).any(dim=0))[:, 0]
     decoder = experts.decoder(input_ids, attention_mask, used.tolist() if len(used) < num_experts else None)
-    log_rho = log_rho.double()[:, used]
+    log_rho = log_rho.to(rho_dtype(input_ids.device))[:, used]
     processors, eos = (
         options.processors(),
         torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=input_ids.device),
@@ -198,6 +198,11 @@ def decode(
             rows, tokens, log_rho, tokens_read = (x[going_on] for x in (rows, tokens, log_rho, tokens_read))
         decoder.append(tokens)
         tokens_read = torch.cat([tokens_read, tokens[:, None]], dim=1)
+
+
+def rho_dtype(device: torch.device) -> torch.dtype:
+    """Type of log rho: float64, since it sums over all tokens of a response; float32 where a device has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _choose(mixed: Float[Tensor, "M V"], options: SamplingOptions, generator: torch.Generator) -> Int[Tensor, "M"]:

@@ -22,7 +22,7 @@ from prefmix.experts.shared_base import SharedBaseExperts
 from prefmix.mixture.bradley_terry import implicit_rewards, mixture_log_lik
 from prefmix.policy.config import PolicyConfig
 from prefmix.policy.folder import policy_home
-from prefmix.policy.generation import DECODERS, SamplingOptions
+from prefmix.policy.generation import DECODERS, SamplingOptions, rho_dtype
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.policy.preferences import (
     PreferenceScores,
@@ -362,7 +362,7 @@ class MixturePolicy:
             "experts": self.model.experts,
             "tokenizer": self.tokenizer,
             "prompt": left_pad(prompts, 0 if pad is None else pad, device),
-            "log_rho": DECODERS[decoder](log_weights.to(device), generator),
+            "log_rho": DECODERS[decoder](log_weights.to(device, rho_dtype(device)), generator),
             "eos_token_ids": self.eos_token_ids,
             "generator": generator,
         }

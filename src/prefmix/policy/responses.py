@@ -74,10 +74,10 @@ def write_responses(
 ) -> list[Response]:
     """Decodes B prompts together; `prompt` holds them all, other arguments as those of `generation.decode`."""
     token_ids: list[list[int]] = [[] for _ in log_rho]
-    trajectories = [[start] for start in log_rho.double().cpu()]
+    trajectories = [[start] for start in log_rho.cpu().double()]
     log_probs = [0.0] * len(log_rho)
     for step in decode(experts, *prompt, log_rho, options, eos_token_ids=eos_token_ids, generator=generator):
-        columns = zip(step.rows.tolist(), step.tokens.tolist(), step.log_probs.tolist(), step.log_rho.cpu())
+        columns = zip(step.rows.tolist(), step.tokens.tolist(), step.log_probs.tolist(), step.log_rho.cpu().double())
         for row, token, log_prob, after in columns:
             token_ids[row].append(token)
             trajectories[row].append(after)

@@ -119,12 +119,12 @@ class UserWeights(NamedTuple):
         gate = self.model.gate
         if row >= len(gate.user):
             gate.add_users(row + 1 - len(gate.user))
-        population = gate.population_log_weights().double().cpu()
+        population = gate.population_log_weights().cpu().double()
         # Prior and earlier comparisons count as pseudo-comparisons with the user's present weights.
-        present = torch.log_softmax(population + gate.user[row].double().cpu(), dim=-1)
+        present = torch.log_softmax(population + gate.user[row].cpu().double(), dim=-1)
         past_counts = (self.users.count[row] + gate.user_strength) * present.exp()
         offsets = map_user_offsets(gate_log_weights, log_lik, weight, population, past_counts)
-        gate.set_user_log_weights(row, (population + offsets).to(gate.user.device))
+        gate.set_user_log_weights(row, (population + offsets).to(gate.user.dtype).to(gate.user.device))
 
     def _gate(
         self,
@@ -143,7 +143,7 @@ class UserWeights(NamedTuple):
             None if states is None else states.to(device),
             None if features is None else features.to(device),
         )
-        return torch.log_softmax(gate(inputs).double().cpu(), dim=-1)
+        return torch.log_softmax(gate(inputs).cpu().double(), dim=-1)
 
     def _prompt_states(self, prompts: Sequence[Sequence[int]] | None, num_rows: int) -> Float[Tensor, "B D"] | None:
         if "prompt" not in self.model.gate.terms:
