@@ -171,8 +171,8 @@ def table_states(table: ComparisonTable, base: BaseModel, options: Mapping[str, 
 
 
 def _config(folder: Path, options: Mapping[str, Any], splits: Splits) -> MixtureConfig:
-    choose = KEEP_LAST if splits.validation is None else CHOOSE_EPOCH
-    common = {
+    choose: dict[str, Any] = KEEP_LAST if splits.validation is None else CHOOSE_EPOCH
+    common: dict[str, Any] = {
         "logging_strategy": "epoch",
         "use_cpu": not torch.cuda.is_available(),
         "disable_tqdm": True,
