@@ -19,6 +19,9 @@ from prefmix.data.comparisons import TextTable
 from prefmix.experts.interface import PackedStates, PaddedTexts
 from prefmix.experts.trunk import pack_completions, trunk_states
 
+# A CPU is as fast per token with 256 tokens as with 2,048 (measured), and small batches pad less.
+_TOKENS_PER_BATCH = {"cpu": 1024}
+
 
 class TextBatch(NamedTuple):
     """What the trunk says of some texts, on the CPU.
@@ -55,18 +58,19 @@ def predicted_lengths(texts: TextTable) -> Int[np.ndarray, "N"]:
 
 
 def read_texts(
-    model: PreTrainedModel, texts: TextTable, *, tokens_per_batch: int, progress: bool
+    model: PreTrainedModel, texts: TextTable, *, tokens_per_batch: int | None, progress: bool
 ) -> Iterator[TextBatch]:
     """Runs the trunk over every text once, longest first (so that memory problems show at once).
 
     Args:
         model: a frozen causal language model, on any device.
         texts: N texts.
-        tokens_per_batch: padded tokens in a batch, at least one text.
+        tokens_per_batch: padded tokens in a batch, at least one text; by default what suits the device.
         progress: whether a bar counts tokens on stderr.
     """
     lengths = np.array([len(p) + len(c) for p, c in zip(texts.prompt_ids, texts.completion_ids, strict=True)])
     device = model.get_output_embeddings().weight.device
+    tokens_per_batch = tokens_per_batch or _TOKENS_PER_BATCH.get(device.type, 16384)
     with tqdm(total=int(lengths.sum()), unit="tok", desc="reading texts", disable=not progress) as bar:
         for text_ids in _batches(lengths, tokens_per_batch):
             yield _read_batch(model, texts, text_ids, device)

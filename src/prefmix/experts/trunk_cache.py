@@ -78,7 +78,7 @@ def build_trunk_states(
     mode: Literal["disk", "memory"] = "disk",
     cache_dir: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
-    tokens_per_batch: int = 4096,
+    tokens_per_batch: int | None = None,
     progress: bool = True,
 ) -> TrunkStates:
     """Runs the trunk over every distinct text once, or finds that it was done before.
@@ -89,7 +89,7 @@ def build_trunk_states(
         mode: "disk" memory-maps a file that later runs reuse; "memory" keeps a tensor for this process.
         cache_dir: folder for "disk"; by default `trunk_states` in the user's cache folder.
         dtype: type of the stored states; a 16-bit type halves the file (2 D bytes a completion token).
-        tokens_per_batch: padded tokens that the trunk reads at once.
+        tokens_per_batch: padded tokens that the trunk reads at once; by default what suits the device.
         progress: whether a bar counts tokens on stderr.
 
     Returns:
@@ -140,7 +140,7 @@ def _fill(
     base: BaseModel,
     texts: TextTable,
     lengths: Int[np.ndarray, "N"],
-    tokens_per_batch: int,
+    tokens_per_batch: int | None,
     progress: bool,
 ) -> dict[str, Tensor]:
     """Writes every state into its place in `hidden` and returns the tables."""
