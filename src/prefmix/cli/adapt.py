@@ -44,7 +44,10 @@ def rows_of(user: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     own = [{**row, "user": user} for row in rows if row.get("user") is None or str(row["user"]) == user]
     if not own:
         others = sorted({str(row["user"]) for row in rows})
-        raise ValueError(f"--user {user}: every row names somebody else ({', '.join(others[:5])})")
+        raise ValueError(
+            f"--user {user}: every row names somebody else ({', '.join(others[:5])}); name one of them, or leave the "
+            "user column out"
+        )
     if len(own) < len(rows):
         note(f"{len(rows) - len(own)} of {len(rows)} rows name somebody else and are left out")
     return own

@@ -57,6 +57,7 @@ def train(recipe: Recipe) -> dict[str, Any] | None:
         Where the policy is and what it learned; None on processes other than the first.
     """
     from prefmix.cli.loading import read_checked_rows
+    from prefmix.cli.progress import follow
     from prefmix.training.config import MixtureConfig
     from prefmix.training.trainer import MixtureTrainer
 
@@ -71,6 +72,7 @@ def train(recipe: Recipe) -> dict[str, Any] | None:
         train_dataset=read_checked_rows(values["train_data"], values.get("train_split")),
         eval_dataset=None if held_out is None else read_checked_rows(held_out, values.get("eval_split")),
     )
+    follow(trainer)
     trainer.train()
     metrics = {} if held_out is None else trainer.evaluate()
     return _summary(trainer, metrics) if trainer.is_world_process_zero() else None

@@ -22,6 +22,7 @@ from prefmix.data.users import latent_groups, num_latent_groups
 from prefmix.evaluation.metrics import Agreement, adjusted_rand_index, agreement, usage
 from prefmix.evaluation.plots import group_map_text
 from prefmix.evaluation.report import finite, plain_table
+from prefmix.experiments.probe_baseline import user_groups
 from prefmix.experts.trunk_cache import TrunkStates
 from prefmix.mixture.features import pool_features
 from prefmix.mixture.identifiability import Identifiability, identifiability
@@ -144,7 +145,7 @@ def probe_rows(
     num_experts = _smallest_within_error(counts) if counts else max(candidates) if len(candidates) == 1 else 1
     fit = data.fit(np.ones(len(table), bool), num_experts)
     resp = fit.log_resp.exp()[: len(table.users)].numpy()
-    truth = _truth_of_users(table)
+    truth = user_groups(table)
     return ProbeReport(
         comparisons=len(table),
         users=len(np.unique(table.user[table.user >= 0])),
@@ -243,13 +244,6 @@ def _restart_agreement(fit: ProbeResult) -> float:
 
 def _smallest_within_error(counts: Sequence[GroupCount]) -> int:
     return next(count.num_experts for count in counts if count.worse_by <= count.standard_error)
-
-
-def _truth_of_users(table: ComparisonTable) -> np.ndarray:
-    truth = np.full(len(table.users), -1, dtype=np.int64)
-    known = (table.user >= 0) & (table.group >= 0)
-    truth[table.user[known]] = table.group[known]
-    return truth
 
 
 def _count_row(count: GroupCount, is_chosen: bool) -> list[str]:
