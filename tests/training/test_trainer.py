@@ -143,7 +143,8 @@ def test_labels_held_to_the_end_are_the_oracle(make_trainer: Make, make_rows: Ca
         data=make_rows(8, 12), init="labels", init_hold_epochs=99, num_train_epochs=20, learning_rate=2e-2
     )
     trainer.train()
-    weights = torch.stack([trainer.policy.weights(user=f"user{u}") for u in range(8)])
+    policy = trainer.policy
+    weights = torch.stack([policy.weights(user=f"user{u}") for u in range(8)])
     own = weights.argmax(dim=1)
     assert own.tolist() == [0, 1] * 4
     assert weights.amax(dim=1).min() > 0.9
@@ -158,7 +159,8 @@ def test_two_opposed_groups_are_found(make_trainer: Make, make_rows: Callable[..
     evaluation = [line for line in trainer.state.log_history if "eval_loss" in line][-1]
     assert evaluation["eval_accuracy"] > 0.9 > 0.7 > evaluation["eval_population_accuracy"]
     assert evaluation["eval_loss"] < 0.5 < evaluation["eval_population_loss"]
-    own = torch.stack([trainer.policy.weights(user=f"user{u}") for u in range(8)]).argmax(dim=1)
+    policy = trainer.policy
+    own = torch.stack([policy.weights(user=f"user{u}") for u in range(8)]).argmax(dim=1)
     assert len(set(own[::2].tolist())) == len(set(own[1::2].tolist())) == 1 and own[0] != own[1]
 
 

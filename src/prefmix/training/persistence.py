@@ -61,6 +61,10 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
     def start_em(self) -> None:
         """Computes the first responsibilities of a fresh run."""
 
+    @abstractmethod
+    def refresh_evidence(self) -> Tensor:
+        """Recomputes the evidence of every training row from the experts as they are; returns it, [B, K]."""
+
     # --- runs -------------------------------------------------------------------------------------------------------
 
     def train(
@@ -168,6 +172,7 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
+        self.refresh_evidence()
         logger.warning("%s: this run is finished (step %s); nothing is trained", self.args.output_dir, finished["step"])
         metrics = {name: value for name, value in finished.items() if name not in ("step", "max_steps")}
         return TrainOutput(finished["step"], metrics["train_loss"], metrics)
