@@ -1,0 +1,131 @@
+"""The recipe from end to end on a tiny random model and made-up reviews; the cut vocabulary against the whole one."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from prefmix.experts.base_model import BaseModel, content_sha256
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "planted_groups"
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    monkeypatch.syspath_prepend(str(RECIPE))
+
+    def load(name: str) -> ModuleType:
+        specification = importlib.util.spec_from_file_location(f"planted_groups_{name}", RECIPE / f"{name}.py")
+        assert specification is not None and specification.loader is not None
+        module = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(module)
+        return module
+
+    yield load
+    sys.modules.pop("vocabulary", None)
+
+
+@pytest.fixture
+def reviews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reviews whose side shows in one word, where the recipe looks for the real ones."""
+    rng, folder = np.random.default_rng(0), tmp_path / "data" / "reviews"
+    folder.mkdir(parents=True)
+    words = [
+        "the",
+        "film",
+        "a",
+        "story",
+        "it",
+        "is",
+        "was",
+        "in",
+        "house",
+        "sea",
+        "sky",
+        "girl",
+        "forest",
+        "time",
+        "little",
+        "lived",
+        "near",
+        "once",
+    ]
+    with gzip.open(folder / "movies_train.jsonl.gz", "wt", encoding="utf-8") as lines:
+        for index in range(120):
+            label = ("pos", "neg")[index % 2]
+            text = [("loved" if label == "pos" else "hated"), *rng.choice(words, size=7)]
+            lines.write(json.dumps({"text": " ".join(rng.permutation(text)), "label": label}) + "\n")
+    monkeypatch.setenv("PREFMIX_DATA", str(tmp_path / "data"))
+
+
+@pytest.fixture
+def base_folder(make_tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> Path:
+    folder = tmp_path / "base"
+    make_tiny_model().save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_recipe_trains_every_arm_and_writes_what_it_found(
+    recipe: Callable[[str], ModuleType], reviews: None, base_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    output = tmp_path / "results.json"
+    arguments = (
+        f"--setting 40x16 --seeds 0 --num-users 8 --comparisons 6 --texts-per-side 30 --num-words 6 --epochs 2 "
+        f"--batch-size 16 --learning-rate 0.02 --probe-dim 8 --dtype float32 --model {base_folder} "
+        f"--work-dir {tmp_path / 'work'} --output {output}"
+    )
+    recipe("run").main(arguments.split())
+    printed = capsys.readouterr().out
+    for phrase in ("single DPO", "mixture, random start", "oracle", "probe", "share of the gap", "vocabulary=seen"):
+        assert phrase in printed
+    written = json.loads(output.read_text(encoding="utf-8"))
+    assert set(written["results"][0]["reports"]) == {"single DPO", "mixture", "mixture, random start", "oracle"}
+    assert len(written["results"][0]["validation_log_loss"]["mixture"]) == 2
+    assert not any((tmp_path / "work" / "runs").iterdir())
+
+
+def test_cut_model_is_the_whole_one_renormalised(
+    recipe: Callable[[str], ModuleType], make_tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    model = make_tiny_model()
+    base = BaseModel(model, tiny_tokenizer, "tiny", content_sha256(model))
+    rows = [
+        {"prompt": "What color is the sky?", "chosen": " It is blue.", "rejected": " It is green.", "user": "a"},
+        {"prompt": "What color is the sky?", "chosen": " In the sea.", "rejected": " It is blue.", "group": "g"},
+    ]
+    cut, (cut_rows,) = recipe("vocabulary").seen_vocabulary([rows], base, tmp_path / "cut")
+    assert cut.model.config.vocab_size < model.config.vocab_size
+    assert cut_rows[0]["user"] == "a" and cut_rows[1]["group"] == "g"
+    from prefmix.data.tokenization import tokenize_rows
+
+    whole = tokenize_rows(rows, tiny_tokenizer, progress=False).texts
+    small = tokenize_rows(cut_rows, cut.tokenizer, progress=False).texts
+    assert [len(ids) for ids in whole.completion_ids] == [len(ids) for ids in small.completion_ids]
+    seen = _seen_tokens(whole, small)
+    ids, cut_ids = ([*t.prompt_ids[0], *t.completion_ids[0]] for t in (whole, small))
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0][:, seen]
+        cut_logits = cut.model(torch.tensor([cut_ids])).logits[0]
+    known = torch.tensor([token >= 0 for token in seen])
+    torch.testing.assert_close(logits[:, known], cut_logits[:, known], atol=1e-4, rtol=1e-4)
+
+
+def _seen_tokens(whole: Any, small: Any) -> list[int]:
+    """Token of the whole vocabulary at each position of the small one; -1 for special tokens no text holds."""
+    pairs = {}
+    for a, b in zip(whole.prompt_ids, small.prompt_ids):
+        pairs |= dict(zip(b, a))
+    for a, b in zip(whole.completion_ids, small.completion_ids):
+        pairs |= dict(zip(b, a))
+    return [pairs.get(index, -1) for index in range(max(pairs) + 1)]
