@@ -5,8 +5,9 @@
 A step is the trunk's forward over the distinct texts of four pairs (92 prompt tokens, 93 and 94 completion tokens),
 then forward and backward of K low-rank heads in hidden space; the optimizer is left out. A correctness gate against
 float64 comes first. Contenders take turns in one process and one thread; CPU seconds are compared, because wall time on
-a shared machine says little. Memory is the peak of a fresh process for each K. Texts are real reviews where
-PREFMIX_DATA names the folder of data sets, otherwise random tokens.
+a shared machine says little. Memory is the peak of a fresh process for each K (safetensors weights are
+mapped, so loading does not hide the step's own peak). Texts are real reviews where PREFMIX_DATA names the folder of
+data sets, otherwise random tokens.
 """
 
 from __future__ import annotations
