@@ -17,6 +17,7 @@ import torch
 
 from prefmix.experts.base_model import BaseModel, content_sha256
 
+NEUTRAL_WORDS = ["the", "film", "story", "house", "sea", "sky", "girl", "forest", "time", "little", "near", "once"]
 RECIPE = Path(__file__).parents[2] / "recipes" / "planted_groups"
 
 
@@ -40,30 +41,10 @@ def reviews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reviews whose side shows in one word, where the recipe looks for the real ones."""
     rng, folder = np.random.default_rng(0), tmp_path / "data" / "reviews"
     folder.mkdir(parents=True)
-    words = [
-        "the",
-        "film",
-        "a",
-        "story",
-        "it",
-        "is",
-        "was",
-        "in",
-        "house",
-        "sea",
-        "sky",
-        "girl",
-        "forest",
-        "time",
-        "little",
-        "lived",
-        "near",
-        "once",
-    ]
     with gzip.open(folder / "movies_train.jsonl.gz", "wt", encoding="utf-8") as lines:
         for index in range(120):
             label = ("pos", "neg")[index % 2]
-            text = [("loved" if label == "pos" else "hated"), *rng.choice(words, size=7)]
+            text = [("loved" if label == "pos" else "hated"), *rng.choice(NEUTRAL_WORDS, size=7)]
             lines.write(json.dumps({"text": " ".join(rng.permutation(text)), "label": label}) + "\n")
     monkeypatch.setenv("PREFMIX_DATA", str(tmp_path / "data"))
 
