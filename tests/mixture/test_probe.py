@@ -49,8 +49,8 @@ def test_three_groups_are_found():
     assert adjusted_rand_score(true, result.log_resp.argmax(1)) > 0.8
 
 
-def test_shuffled_users_give_no_better_predictions_than_one_expert():
-    """Groups that do not exist are not found: held-out rows of the 'users' are predicted no better than by K = 1."""
+def test_groups_that_do_not_exist_give_no_better_predictions_than_one_expert():
+    """Held-out rows of users who all share one taste are predicted no better with K = 2 than with K = 1."""
     features, chosen, rejected, group, _ = _planted(_tastes(1).repeat(2, 1), 40, 16)
     held_out = torch.arange(len(group)) % 4 == 0
     losses = []
@@ -123,3 +123,23 @@ def test_no_rows_and_broken_features_are_named():
     features[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         fit_probe(features, chosen, rejected, group, 3, 2)
+
+
+def test_two_rows_a_user_do_not_leave_the_experts_equal():
+    """Annealing over tiny groups ends at the saddle of equal experts; the fit must leave it."""
+    features, chosen, rejected, group, _ = _planted(2.0 * OPPOSED, 400, 2)
+    result = fit_probe(features, chosen, rejected, group, 400, 2, ridge=16.0, generator=_generator())
+    cosine = torch.nn.functional.cosine_similarity(result.coefficients[0], result.coefficients[1], dim=0)
+    assert cosine < -0.7
+
+
+def test_opposed_groups_do_not_choose_the_largest_ridge():
+    """One reward explains nothing here, so a ridge chosen with K = 1 would shrink both experts away."""
+    features, chosen, rejected, group, _ = _planted(2.0 * OPPOSED, 40, 8)
+    assert fit_probe(features, chosen, rejected, group, 40, 2, generator=_generator()).ridge < 256.0
+
+
+def test_few_users_choose_their_ridge_on_held_out_rows():
+    features, chosen, rejected, group, true = _planted(2.0 * OPPOSED, 6, 60)
+    result = fit_probe(features, chosen, rejected, group, 6, 2, generator=_generator())
+    assert result.ridge < 256.0 and adjusted_rand_score(true, result.log_resp.argmax(1)) == 1.0

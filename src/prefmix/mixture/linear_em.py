@@ -19,6 +19,8 @@ from prefmix.mixture.schedule import temperature
 # One pseudo-group for each expert: no weight reaches zero.
 WEIGHT_CONCENTRATION = 2.0
 HALVINGS = 6
+# Nats of spread over groups at which responsibilities mean something.
+DECIDED = 2.0
 
 
 class ProbeData(NamedTuple):
@@ -70,7 +72,7 @@ def fit_linear_em(
     generator: torch.Generator,
     anneal_steps: int = 20,
     max_steps: int = 200,
-    tolerance: float = 1e-6,
+    tolerance: float = 1e-7,
 ) -> LinearEM:
     """Generalised EM: exact E-steps (softened by a falling temperature), one safeguarded Newton step per M-step.
 
@@ -98,8 +100,8 @@ def fit_linear_em(
         trace.append(evidence + log_prior(log_weights, coefficients, ridge))
         tau = temperature(step / anneal_steps, anneal, 1.0)
         if step < anneal_steps:
-            resp = torch.softmax(log_resp / tau, dim=-1)
-            resp, coefficients = _revive(data, resp, coefficients, filled)
+            softened = log_resp / tau if step + 1 < anneal_steps else _leave_saddle(log_resp, filled)
+            resp, coefficients = _revive(data, torch.softmax(softened, dim=-1), coefficients, filled)
         else:
             resp = log_resp.exp()
         if step > anneal_steps and bool((trace[-1] - trace[-2] <= tolerance * trace[-1].abs()).all()):
@@ -184,6 +186,18 @@ def _weights(resp: Float[Tensor, "S G K"], filled: Bool[Tensor, "G"]) -> Float[T
     """Dirichlet MAP of the weights; groups without rows have no vote."""
     counts = resp[:, filled].sum(dim=1)
     return map_log_weights(counts, counts.new_full((counts.shape[1],), WEIGHT_CONCENTRATION))
+
+
+def _leave_saddle(log_resp: Float[Tensor, "S G K"], filled: Bool[Tensor, "G"]) -> Float[Tensor, "S G K"]:
+    """Spreads log responsibilities whose spread over groups is below DECIDED nats; leaves the others alone.
+
+    Annealing with few rows a group can end at the saddle where all experts are equal. EM leaves it exponentially
+    slowly at first, slower than any convergence test waits. What little the groups differ by there points the way.
+    """
+    centred = log_resp - log_resp[:, filled].mean(dim=1, keepdim=True)
+    spread = centred[:, filled].std(dim=(1, 2), unbiased=False).view(-1, 1, 1)
+    undecided = (spread < DECIDED) & (spread > 0)
+    return torch.where(undecided, centred * (DECIDED / torch.where(undecided, spread, 1.0)), log_resp)
 
 
 def _revive(

@@ -20,10 +20,13 @@ from torch import Tensor
 
 from prefmix.mixture.bradley_terry import mixture_log_lik, preference_log_lik
 from prefmix.mixture.linear_em import LinearEM, ProbeData, fit_linear_em
-from prefmix.mixture.posterior import posterior
+from prefmix.mixture.posterior import group_log_lik, posterior
 from prefmix.mixture.precision import at_least_float32
 
 RIDGE_GRID = (1.0, 4.0, 16.0, 64.0, 256.0)
+FOLDS = 4
+MIN_GROUPS_TO_HOLD_OUT = 20
+MAX_RIDGE_ROWS = 6_000
 
 
 class ProbeResult(NamedTuple):
@@ -130,47 +133,58 @@ def choose_ridge(
     anneal: float,
     generator: torch.Generator,
     grid: tuple[float, ...] = RIDGE_GRID,
-    starts: int = 4,
+    starts: int = 2,
 ) -> float:
-    """The ridge with the best held-out log-likelihood, by two-fold cross-validation over rows within groups.
+    """The ridge with the best held-out evidence, by cross-validation over groups (over rows, where groups are few).
 
-    Held-out rows are scored with the posterior of the same group's other rows. The mixture itself is fitted, not one
-    linear reward: where groups are opposed, one reward explains nothing at any ridge and would choose the largest.
-    Only training rows are used.
+    A held-out user is scored as a whole, log sum_k w_k prod_i p_ik: what tells tastes apart is how a user's rows hang
+    together, and with two rows a user, holding out one of them would leave nothing of that to learn from. The mixture
+    itself is fitted, not one linear reward: where groups are opposed, one reward explains nothing at any ridge and
+    would choose the largest. Only training rows are used.
     """
-    num_rows = len(data.group)
-    fold = _folds_within_groups(data.group, generator)
+    data = _sample_groups(data, generator)
+    fold = _fold_of_rows(data, generator)
     score = torch.zeros(len(grid))
     ridges = torch.tensor(grid).repeat_interleave(starts)
-    for held_out in (0, 1):
+    for held_out in range(FOLDS):
         train, test = data.select(fold != held_out), data.select(fold == held_out)
         if len(test.group) == 0 or len(train.group) == 0:
             continue
-        # Which ridge is best shows long before the last digits of the fit.
-        fit = fit_linear_em(
-            train, num_experts, ridges, anneal=anneal, generator=generator, max_steps=40, tolerance=1e-5
-        )
+        fit = fit_linear_em(train, num_experts, ridges, anneal=anneal, generator=generator)
         best = fit.penalised.view(len(grid), starts).argmax(dim=1) + torch.arange(len(grid)) * starts
-        score += _held_out_log_lik(fit, best, test)
-    assert num_rows > 0
+        score += _held_out_evidence(fit, best, test)
     return grid[int(score.argmax())]
 
 
-def _held_out_log_lik(fit: LinearEM, start: Int[Tensor, "C"], test: ProbeData) -> Float[Tensor, "C"]:
-    """Summed log predictive probability of test rows, one row at a time given the group's training rows."""
+def _held_out_evidence(fit: LinearEM, start: Int[Tensor, "C"], test: ProbeData) -> Float[Tensor, "C"]:
+    """Summed log probability of each group's test rows, given what the fit knows of the group (w if nothing)."""
     scores = []
     for s in start.tolist():
         log_lik = preference_log_lik(test.difference @ fit.coefficients[s].T)
-        scores.append((posterior(fit.log_resp[s][test.group], log_lik).log_evidence * test.weight).sum())
-    return torch.stack(scores)
+        grouped = group_log_lik(log_lik, test.group, test.num_groups, test.weight)
+        scores.append(posterior(fit.log_resp[s], grouped).log_evidence.sum())
+    return torch.stack(scores).float()
 
 
-def _folds_within_groups(group: Int[Tensor, "B"], generator: torch.Generator) -> Int[Tensor, "B"]:
-    """[B] 0 or 1, alternating over the shuffled rows of every group."""
-    shuffled = torch.randperm(len(group), generator=generator)
-    rows = shuffled[torch.argsort(group[shuffled], stable=True)]
-    fold = torch.empty_like(group)
-    fold[rows] = torch.arange(len(group)) % 2
+def _sample_groups(data: ProbeData, generator: torch.Generator) -> ProbeData:
+    """Random groups with about MAX_RIDGE_ROWS rows together: the best ridge of a prior does not need all of them."""
+    order = torch.randperm(data.num_groups, generator=generator)
+    rows_before = torch.bincount(data.group, minlength=data.num_groups)[order].cumsum(0)
+    kept = order[: int((rows_before < MAX_RIDGE_ROWS).sum()) + 1]
+    return data.select(torch.isin(data.group, kept))
+
+
+def _fold_of_rows(data: ProbeData, generator: torch.Generator) -> Int[Tensor, "B"]:
+    """[B] 0..FOLDS-1: whole groups, or with few groups the shuffled rows of each in turn."""
+    groups = torch.unique(data.group)
+    if len(groups) >= MIN_GROUPS_TO_HOLD_OUT:
+        by_group = torch.zeros(data.num_groups, dtype=torch.int64)
+        by_group[groups[torch.randperm(len(groups), generator=generator)]] = torch.arange(len(groups)) % FOLDS
+        return by_group[data.group]
+    shuffled = torch.randperm(len(data.group), generator=generator)
+    rows = shuffled[torch.argsort(data.group[shuffled], stable=True)]
+    fold = torch.empty_like(data.group)
+    fold[rows] = torch.arange(len(rows)) % FOLDS
     return fold
 
 
