@@ -33,6 +33,9 @@ from prefmix.training.options import OPTION_NAMES, check_fields, gate_problems, 
         ({"max_length": 1}, "max_length=1"),
         ({"learning_rate": 0.0}, "learning_rate=0.0: must be positive"),
         ({"fp16": True}, "bf16=true"),
+        ({"label_smoothing_factor": 0.1}, "label_noise"),
+        ({"push_to_hub": True}, "output_dir/policy"),
+        ({"save_only_model": True}, "cannot be resumed"),
     ],
 )
 def test_a_bad_option_is_refused_with_field_value_and_remedy(options: dict, part: str) -> None:

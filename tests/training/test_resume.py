@@ -120,6 +120,7 @@ def test_resuming_a_finished_run_changes_nothing(crash: ModuleType, finished: Pa
     trainer = crash.make_trainer(finished)
     trainer.training_step = None  # type: ignore[assignment]  # any step would fail
     output = trainer.train(resume_from_checkpoint=True)
+    trainer.evaluate()
     assert output.global_step == 12
     assert output.training_loss == json.loads((finished / "finished.json").read_text())["train_loss"]
     assert {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()} == before

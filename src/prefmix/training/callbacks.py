@@ -39,20 +39,29 @@ class EMCallback(TrainerCallback):
 
 
 class MetricsFileCallback(TrainerCallback):
-    """Keeps `metrics.jsonl` in the run's folder, one line for each line of the log."""
+    """Keeps `metrics.jsonl` in the run's folder, one line for each line that training logs.
+
+    Evaluations of a trained model are not part of the run: a finished run's file never changes.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self._file = run_dir / METRICS
+        self._training = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Starts the file, or cuts it back to what the checkpoint knows: later lines will be written again."""
+        self._training = True
         if state.is_world_process_zero:
             text = "".join(json.dumps(line) + "\n" for line in state.log_history)
             write_atomically(self._file, lambda path: path.write_text(text, encoding="utf-8"))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Adds the line that the trainer keeps; other callbacks take fields out of what they are shown."""
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and self._training:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(state.log_history[-1]) + "\n")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Closes the file."""
+        self._training = False

@@ -173,7 +173,7 @@ def check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
         )
 
 
-def write_atomically(file: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` on a temporary path beside `file`, forces it to the disk and renames it into place."""
     temporary = file.with_name(f".{file.name}.part")
     write(temporary)

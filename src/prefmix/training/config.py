@@ -11,7 +11,7 @@ from prefmix.training.options import MixtureOptions, RunOptions, validate_option
 
 
 @dataclass
-class MixtureConfig(MixtureOptions, RunOptions, TrainingArguments):
+class MixtureConfig(MixtureOptions, RunOptions, TrainingArguments):  # type: ignore[misc]  # bf16 may be null
     """Arguments of a `MixtureTrainer`.
 
     Every field of `transformers.TrainingArguments` works. Defaults that we change stand in `RunOptions`, each with its

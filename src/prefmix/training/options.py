@@ -115,6 +115,14 @@ class RunOptions:
 
 OPTION_NAMES = tuple(MixtureOptions.__dataclass_fields__)
 
+# Fields of TrainingArguments that would be read by nothing here, or do something else than their name says.
+_UNSUPPORTED = {
+    "label_smoothing_factor": "smooths token labels; for preferences that are wrong now and then use label_noise",
+    "save_only_model": "a checkpoint without optimizer cannot be resumed; the policy folder is the model alone",
+    "push_to_hub": "upload the finished folder output_dir/policy with `hf upload`",
+    "auto_find_batch_size": "it restarts within a run, which could not be resumed exactly; set the batch size",
+}
+
 
 def validate_options(options: Mapping[str, Any]) -> None:
     """Checks every field of `MixtureOptions` and `RunOptions` that `options` names, and what must hold between them.
@@ -261,6 +269,9 @@ def _combination_problems(values: Mapping[str, Any]) -> list[str]:
         problems.append("estep_temperature with estep='exact': no effect there; use estep='annealed' or leave it at 1")
     if values.get("fp16"):
         problems.append("fp16=true: sums of log-probabilities overflow float16; use bf16=true or float32")
+    for name, remedy in _UNSUPPORTED.items():
+        if values.get(name):
+            problems.append(f"{name}={values[name]!r}: {remedy}")
     if values.get("gradient_checkpointing"):
         problems.append(
             "gradient_checkpointing=true: the trunk is frozen, so there is nothing to recompute; leave it off"

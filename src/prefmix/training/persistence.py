@@ -23,6 +23,7 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from prefmix.policy.mixture_model import MixtureModel
+from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.training import checkpoint as store
 from prefmix.training.config import MixtureConfig
 from prefmix.training.em_state import EMState
@@ -56,6 +57,16 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
     @abstractmethod
     def mixture(self) -> MixtureModel:
         """Experts and gate."""
+
+    @property
+    @abstractmethod
+    def policy(self) -> MixturePolicy:
+        """The mixture as it stands."""
+
+    @property
+    def run_dir(self) -> Path:
+        """`args.output_dir`: checkpoints, `metrics.jsonl`, `policy` and `finished.json`."""
+        return Path(str(self.args.output_dir))
 
     @abstractmethod
     def start_em(self) -> None:
@@ -109,7 +120,7 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the policy folder atomically; null: `output_dir/policy`."""
         if self.args.should_save:
-            self.policy.save_pretrained(output_dir or str(Path(self.args.output_dir) / POLICY))  # type: ignore[attr-defined]
+            self.policy.save_pretrained(output_dir or self.run_dir / POLICY)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`, with the mean loss of the whole run, not of the part since it was resumed."""
@@ -159,12 +170,12 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
         for path in sorted(old, key=lambda path: path.name != FINISHED):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def _run_epoch(self, *, epoch: int, **rest: Any) -> None:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As `Trainer._run_epoch`, but a run that has taken all its steps takes none more."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(epoch=epoch, **rest)
+        super()._run_epoch(*args, **kwargs)
 
     def _reopen(self, checkpoint: Path, finished: dict[str, Any]) -> TrainOutput:
         """Puts a finished run back into memory without a single step."""
@@ -255,7 +266,7 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
             if isinstance(callback, ExportableState):
                 exported.setdefault(type(callback).__name__, []).append(callback.state())
         states = {name: found[0] if len(found) == 1 else found for name, found in exported.items()}
-        self.state.stateful_callbacks = states
+        self.state.stateful_callbacks = states  # type: ignore[assignment]  # the library's annotation is of the argument
 
 
 def _finished(run_dir: Path, max_steps: int) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from prefmix.policy.config import PolicyConfig
 from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.policy.user_state import UserState
 from prefmix.training.config import MixtureConfig
+from prefmix.training.setup import tokenizer_of
 
 if TYPE_CHECKING:
     from prefmix.training.trainer import MixtureTrainer
@@ -81,7 +82,7 @@ def build_policy(trainer: MixtureTrainer, users: UserState) -> MixturePolicy:
             "hardware": f"{platform.machine()}, {args.device.type}",
         },
     )
-    return MixturePolicy(trainer.mixture, base.tokenizer, config, users, trainer.metadata_encoder)
+    return MixturePolicy(trainer.mixture, tokenizer_of(base), config, users, trainer.metadata_encoder)
 
 
 def identity(args: MixtureConfig, base: BaseModel, table: ComparisonTable, latent: str) -> dict[str, Any]:

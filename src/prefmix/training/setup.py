@@ -83,6 +83,12 @@ def as_base_model(
     return base
 
 
+def tokenizer_of(base: BaseModel) -> PreTrainedTokenizerBase:
+    """The tokenizer that `as_base_model` made sure of."""
+    assert base.tokenizer is not None
+    return base.tokenizer
+
+
 def as_table(
     source: Any, tokenizer: PreTrainedTokenizerBase, args: MixtureConfig, like: ComparisonTable | None = None
 ) -> ComparisonTable:

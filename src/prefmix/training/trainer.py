@@ -89,7 +89,8 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
             raise ValueError("train_dataset=None: give rows, a file, a `datasets.Dataset` or a ComparisonTable")
         args = MixtureConfig("prefmix_output") if args is None else args
         self.base = setup.as_base_model(model, args, processing_class)
-        table = setup.as_table(train_dataset, self.base.tokenizer, args)
+        tokenizer = setup.tokenizer_of(self.base)
+        table = setup.as_table(train_dataset, tokenizer, args)
         self.latent = setup.resolve_latent(args, table)
         self.init = resolve_init(args, table)
         self.metadata_encoder = setup.metadata_encoder(args, table, self.latent)
@@ -98,10 +99,10 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         super().__init__(
             model=setup.build_model(self.base, args, self.train_comparisons, self.metadata_encoder),
             args=args,
-            data_collator=self.train_comparisons.collator(self._group, self.base.tokenizer.pad_token_id or 0),
+            data_collator=self.train_comparisons.collator(self._group, tokenizer.pad_token_id or 0),
             train_dataset=ComparisonDataset(table, self._group),
             eval_dataset=self._held_out(eval_dataset, args),
-            processing_class=self.base.tokenizer,
+            processing_class=tokenizer,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -116,7 +117,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         model: nn.Module,
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Loss = - (sum_i ELBO_i + the batch's share of the gate's log prior) / summed weights of the global batch."""
         weight, chosen, rejected = inputs["weight"], inputs["chosen"], inputs["rejected"]
@@ -201,7 +202,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Held-out loss and accuracy, of the population and with what training rows say of each user."""
-        sets = self.eval_dataset if eval_dataset is None else self._held_out(eval_dataset, self.args)
+        sets: Any = self.eval_dataset if eval_dataset is None else self._held_out(eval_dataset, self.args)
         if sets is None:
             raise ValueError("eval_dataset=None: give held-out rows to the trainer or to evaluate()")
         metrics: dict[str, float] = {}
@@ -244,7 +245,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Two groups of parameters: experts at `learning_rate`, the gate at `gate_learning_rate`."""
         if self.optimizer is None:
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
             experts = [p for p in self.mixture.experts.parameters() if p.requires_grad]
             gate = [p for p in self.mixture.gate.parameters() if p.requires_grad]
             groups = [{"params": experts, "weight_decay": self.args.weight_decay}]
@@ -279,7 +280,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         self._beta = torch.tensor(self.args.betas, device=device)
         self._estep = estep_function(self.args.estep, self.args.gumbel_hard)
         self.add_callback(EMCallback(self))
-        self.add_callback(MetricsFileCallback(Path(self.args.output_dir)))
+        self.add_callback(MetricsFileCallback(self.run_dir))
 
     def _held_out(self, source: Any, args: MixtureConfig) -> Any:
         """Held-out rows with their trunk states; users of the training rows keep their index, others are unknown."""
@@ -288,7 +289,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         if isinstance(source, dict):
             return {name: self._held_out(rows, args) for name, rows in source.items()}
         train = self.train_comparisons.table
-        table = setup.as_table(source, self.base.tokenizer, args, like=train)
+        table = setup.as_table(source, setup.tokenizer_of(self.base), args, like=train)
         return setup.comparisons(setup.known_users(table, len(train.users)), self.base, args, self.metadata_encoder)
 
 
