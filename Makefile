@@ -9,7 +9,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.prefmix-installed
 
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test lint format docs bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | awk -F: '{printf "make %-8s%s\n", $$1, $$2}'
@@ -37,7 +37,7 @@ demo: setup  ## the main job on real rows and a real language model, about ten m
 	$(BIN)/prefmix demo
 
 test: setup  ## the whole suite
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 lint: setup  ## style and types
 	$(BIN)/ruff check .
@@ -47,6 +47,9 @@ lint: setup  ## style and types
 format: setup  ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup  ## rewrite the pages that are made from the code
+	$(BIN)/python -m prefmix.cli.config_page > docs/config.md
 
 bench: setup  ## speed figures: each benchmark checks its own correctness first
 	@for script in benchmarks/*.py; do echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script || exit 1; done

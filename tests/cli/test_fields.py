@@ -1,7 +1,9 @@
 """The fields that help and recipes show are the fields that MixtureConfig has."""
 
 import dataclasses
+from pathlib import Path
 
+from prefmix.cli.config_page import config_page
 from prefmix.cli.fields import all_fields
 from prefmix.cli.train_help import help_text
 
@@ -26,3 +28,9 @@ def test_every_field_has_help_and_help_names_every_field() -> None:
 
 def test_short_help_is_short() -> None:
     assert len(help_text(every_field=False).splitlines()) < 150
+
+
+def test_the_page_of_the_fields_is_up_to_date() -> None:
+    """A field is documented once; `make docs` writes the page."""
+    page = Path(__file__).parents[2] / "docs" / "config.md"
+    assert page.read_text(encoding="utf-8") == config_page()

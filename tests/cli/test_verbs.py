@@ -1,0 +1,202 @@
+"""Every verb that loads a model, on a tiny one: from a recipe to a policy that scores, talks and adapts."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefmix.cli.main import main
+
+LOVED = [" I loved the film.", " it was great.", " The film was great, I loved it."]
+HATED = [" I hated the film.", " it was bad.", " The film was bad, I hated it."]
+
+
+def _rows(users: int, each: int) -> list[dict[str, Any]]:
+    """Users of two kinds: even ones prefer praise, odd ones blame."""
+    rows = []
+    for user in range(users):
+        for i in range(each):
+            praise, blame = LOVED[(user + i) % 3], HATED[i % 3]
+            chosen, rejected = (praise, blame) if user % 2 == 0 else (blame, praise)
+            row = {"prompt": "Write a review of the film.", "chosen": chosen, "rejected": rejected}
+            rows.append(row | {"user": f"u{user}", "group": f"kind{user % 2}"})
+    return rows
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, make_tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> Path:
+    """A folder with a tiny model, rows, and a recipe; `out` holds what one run of the recipe trained."""
+    folder = tmp_path_factory.mktemp("place")
+    make_tiny_model().save_pretrained(folder / "model")
+    tiny_tokenizer.save_pretrained(folder / "model")
+    _write(folder / "train.jsonl", _rows(8, 4))
+    _write(folder / "test.jsonl", _rows(8, 2))
+    _write(folder / "bob.jsonl", [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in _rows(1, 3)])
+    (folder / "recipe.yaml").write_text(
+        f"model: {folder / 'model'}\ntrain_data: {folder / 'train.jsonl'}\neval_data: {folder / 'test.jsonl'}\n"
+        f"output_dir: {folder / 'out'}\ncache_dir: {folder / 'cache'}\nnum_experts: 4\nexpert_rank: 2\n"
+        "num_train_epochs: 1\nuse_cpu: true\nprobe_restarts: 2\nprobe_dim: 4\n",
+        encoding="utf-8",
+    )
+    assert main(["train", str(folder / "recipe.yaml"), "--num-experts", "2"]) == 0
+    return folder
+
+
+def test_training_wrote_a_policy_of_the_overridden_size(place: Path) -> None:
+    config = json.loads((place / "out" / "policy" / "mixture_config.json").read_text())
+    assert len(config["beta"]) == 2
+    assert (place / "out" / "metrics.jsonl").is_file()
+
+
+def test_a_second_run_does_not_overwrite_the_first(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(place / "recipe.yaml")]) == 2
+    assert "--resume_from_checkpoint auto" in capsys.readouterr().err
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", str(place / "recipe.yaml"), "--dry_run", "--output_dir", str(place / "other"), "--format", "json"]
+    assert main(words) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert "32 rows, 8 users" in plan["train_data"]
+    assert plan["latent"].startswith("user")
+    assert plan["num_experts"] == 4
+    assert not (place / "other").exists()
+
+
+def test_dry_run_names_a_broken_model(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "train",
+        str(place / "recipe.yaml"),
+        "--dry_run",
+        "--output_dir",
+        str(tmp_path / "o"),
+        "--model",
+        str(tmp_path),
+    ]
+    assert main(words) == 2
+    assert "no weights there" in capsys.readouterr().err
+
+
+def test_training_prints_json_on_stdout_and_nothing_else(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--config", str(place / "recipe.yaml"), "--output_dir", str(tmp_path / "o"), "--max_steps", "1"]
+    assert main([*words, "--format", "json"]) == 0
+    captured = capfd.readouterr()
+    summary = json.loads(captured.out)
+    assert summary["steps"] == 1
+    assert "held-out accuracy" in summary
+    assert "step     1/1" in captured.err
+
+
+def test_evaluate(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", str(place / "out"), "--data", str(place / "test.jsonl"), "--output", str(tmp_path / "r.json")]
+    assert main([*words, "--format", "json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "r.json").read_text())
+    assert main(words) == 0
+    assert "population" in capsys.readouterr().out
+
+
+def test_score_writes_a_line_for_every_row(place: Path, tmp_path: Path) -> None:
+    output = tmp_path / "scored.jsonl"
+    assert main(["score", str(place / "out"), "--data", str(place / "test.jsonl"), "--output", str(output)]) == 0
+    scores = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(scores) == 16
+    assert all(0 < score["probability"] < 1 for score in scores)
+
+
+def test_generate_is_seeded_and_streams_the_same(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", str(place / "out"), "--prompt", "Write a review.", "--user", "u1", "--max-new-tokens", "8"]
+    words += ["--seed", "3", "--decoder", "mixture"]
+    answers = []
+    for extra in ([], [], ["--stream"]):
+        assert main([*words, *extra]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_an_unknown_user_is_a_warning(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(place / "out"), "--prompt", "x", "--user", "nobody", "--max_new_tokens", "1"]) == 0
+    assert "warning: " in capsys.readouterr().err
+
+
+def test_adapt_keeps_a_user_only_on_request(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["adapt", str(place / "out"), "--user", "bob", "--data", str(place / "bob.jsonl")]
+    assert main(words) == 0
+    users = place / "out" / "policy" / "users" / "users.json"
+    assert "bob" not in users.read_text()
+    capsys.readouterr()
+    assert main([*words, "--save", "--format", "json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert sum(printed["weights"]) == pytest.approx(1)
+    assert "bob" in users.read_text()
+
+
+def test_adapt_refuses_rows_of_others(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["adapt", str(place / "out"), "--user", "carl", "--data", str(place / "test.jsonl")]) == 2
+    assert "names somebody else (u0, " in capsys.readouterr().err
+
+
+def test_chat_answers_and_obeys(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [
+        "Hello",
+        "/weights",
+        "/user nobody",
+        "/user u2",
+        "/decoder top",
+        "/decoder odd",
+        "/reset",
+        "/quit",
+        "never",
+    ]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert main(["chat", str(place / "out"), "--user", "u1", "--max_new_tokens", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "expert 1" in printed
+    assert "nobody is unknown; known: u0, u1" in printed
+    assert "/decoder NAME" in printed
+    assert printed.count("u2> ") == 4
+
+
+def test_probe_finds_the_kinds(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["probe", str(place / "train.jsonl"), "--model", str(place / "model"), "--num_experts", "1", "2"]
+    words += ["--probe_dim", "4", "--probe_restarts", "2", "--cache_dir", str(place / "cache")]
+    assert main([*words, "--output", str(tmp_path / "probe.json")]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "probe.json").read_text())
+    assert report["num_experts"] == 2
+    assert report["agreement"]["ari"] == pytest.approx(1.0)
+    assert "2 <- chosen" in printed
+    assert "expert 1" in printed
+
+
+def test_probe_without_users_chooses_one_group(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in _rows(8, 4)]
+    data = _write(tmp_path / "anonymous.jsonl", rows)
+    words = [
+        "probe",
+        str(data),
+        "--model",
+        str(place / "model"),
+        "--cache_dir",
+        str(place / "cache"),
+        "--format",
+        "json",
+    ]
+    assert main(words) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["num_experts"], report["counts"]) == (1, [])
+    assert not report["identifiable"]["identified"]
