@@ -20,7 +20,7 @@ from prefmix.mixture.kmeans import kmeans
 from prefmix.mixture.precision import at_least_float32
 
 Level = Literal["identified", "weak", "unidentified"]
-# Twelve looks (three ridges, four models) at a one-sided 0.1% each: a false alarm in about one data set in a hundred.
+# Four looks (one reward, three clusterings) at a one-sided 0.1% each: a false alarm in one data set in 200 or so.
 Z_LIMIT = 3.0
 MAX_ROWS = 20_000
 

@@ -108,7 +108,7 @@ def probe_predict(
         chosen: [B] index of the preferred text.
         rejected: [B] index of the other text.
         coefficients: [K, P] of a `ProbeResult`.
-        log_weights: [B, K] log w of each row: the probe's weights for the population, `probe_posterior` for a user
+        log_weights: [B, K] log w of each row: the probe's weights for the population, `posterior` of `probe_log_lik` for a user
             whose *other* comparisons are known.
     """
     log_lik = probe_log_lik(features, chosen, rejected, coefficients)
