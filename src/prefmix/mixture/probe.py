@@ -108,8 +108,8 @@ def probe_predict(
         chosen: [B] index of the preferred text.
         rejected: [B] index of the other text.
         coefficients: [K, P] of a `ProbeResult`.
-        log_weights: [B, K] log w of each row: the probe's weights for the population, `posterior` of `probe_log_lik` for a user
-            whose *other* comparisons are known.
+        log_weights: [B, K] log w of each row: the probe's weights for the population; for a user whose *other*
+            comparisons are known, their `posterior` from `probe_log_lik`.
     """
     log_lik = probe_log_lik(features, chosen, rejected, coefficients)
     return mixture_log_lik(log_weights, log_lik).exp()
