@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, TextIO
 
 from prefmix import __version__
 from prefmix.cli.recipe import suggestion
@@ -176,7 +176,14 @@ def _quiet_libraries(debug: bool) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def _one_line_warning(message: Warning | str, *_: Any) -> None:
+def _one_line_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     print("warning: " + " ".join(str(message).split()), file=sys.stderr)
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from prefmix.cli.loading import read_checked_rows
 from prefmix.cli.model_check import check_model
 from prefmix.cli.output import add_format, note, print_json, stdout_is_for_results
+
+if TYPE_CHECKING:
+    from prefmix.experiments.probe_report import ProbeReport
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,20 +44,19 @@ def run(args: argparse.Namespace) -> None:
     with stdout_is_for_results():
         report = _probe(args, rows)
     if args.output:
-        import json
-
         Path(args.output).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
         note(f"wrote the report to {args.output}")
     print_json(report.to_dict()) if args.format == "json" else print(report.text())
 
 
-def _probe(args, rows):  # type: ignore[no-untyped-def]
+def _probe(args: argparse.Namespace, rows: list[dict[str, Any]]) -> ProbeReport:
     from prefmix.data.tokenization import tokenize_rows
     from prefmix.experiments.probe_report import probe_rows
     from prefmix.experts.base_model import load_base
     from prefmix.experts.trunk_cache import build_trunk_states
 
     base, watched = load_base(args.model), sys.stderr.isatty()
+    assert base.tokenizer is not None, "a model that is loaded by name comes with its tokenizer"
     table = tokenize_rows(rows, base.tokenizer, max_length=args.max_length, progress=watched)
     states = build_trunk_states(base, table.texts, cache_dir=args.cache_dir, progress=watched)
     return probe_rows(
