@@ -32,7 +32,12 @@ def sum_by_text(
 ) -> HeadLogProbs:
     """Adds up the tokens of each text; segments may come in any order, but every text has a token."""
     assert segments.shape == token_base.shape
-    assert bool((torch.bincount(segments, minlength=num_texts) > 0).all()), "a text without completion tokens"
     log_probs = token_log_probs.new_zeros(num_texts, token_log_probs.shape[1]).index_add(0, segments, token_log_probs)
-    base_log_probs = token_base.new_zeros(num_texts).index_add(0, segments, token_base)
-    return HeadLogProbs(log_probs, base_log_probs)
+    return HeadLogProbs(log_probs, sum_tokens(token_base, segments, num_texts))
+
+
+def sum_tokens(tokens: Float[Tensor, "T"], segments: Int[Tensor, "T"], num_texts: int) -> Float[Tensor, "N"]:
+    """Adds up the tokens of each text; segments may come in any order, but every text has a token."""
+    assert segments.shape == tokens.shape
+    assert bool((torch.bincount(segments, minlength=num_texts) > 0).all()), "a text without completion tokens"
+    return tokens.new_zeros(num_texts).index_add(0, segments, tokens)
