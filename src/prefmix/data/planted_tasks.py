@@ -51,8 +51,8 @@ def review_groups(
         comparisons_per_user: training rows of each user.
         seed: decides texts, groups and draws.
         texts_per_side: texts drawn for each side; 60% of them are for training.
-        num_words: every review is cut to its last so many words, about 1.3 tokens each (short ones: 12). The end, because
-            the verdict stands there; openings tell the plot, and little of them says what the reviewer thought.
+        num_words: every review is cut to its last so many words, about 1.3 tokens each (short ones: 12). Its end,
+            because the verdict stands there; openings tell the plot more than what the reviewer thought of it.
         options: further arguments of `planted_groups`.
 
     Raises:

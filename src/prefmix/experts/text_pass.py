@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from prefmix.data.comparisons import TextTable
 from prefmix.experts.interface import PackedStates, PaddedTexts
+from prefmix.experts.shared_prompt import PromptStates, read_shared_prompt, shared_prompt_batches
 from prefmix.experts.trunk import pack_completions, trunk_states
 
 # A CPU is as fast per token with 256 tokens as with 2,048 (measured), and small batches pad less.
@@ -58,23 +59,37 @@ def predicted_lengths(texts: TextTable) -> Int[np.ndarray, "N"]:
 
 
 def read_texts(
-    model: PreTrainedModel, texts: TextTable, *, tokens_per_batch: int | None, progress: bool
+    model: PreTrainedModel,
+    texts: TextTable,
+    text_ids: Int[np.ndarray, "M"],
+    *,
+    tokens_per_batch: int | None,
+    progress: bool,
 ) -> Iterator[TextBatch]:
-    """Runs the trunk over every text once, longest first (so that memory problems show at once).
+    """Runs the trunk over some texts once, prompts that many of them share once for all.
 
     Args:
         model: a frozen causal language model, on any device.
         texts: N texts.
+        text_ids: [M] which of them to read, each once.
         tokens_per_batch: padded tokens in a batch, at least one text; by default what suits the device.
         progress: whether a bar counts tokens on stderr.
     """
     lengths = np.array([len(p) + len(c) for p, c in zip(texts.prompt_ids, texts.completion_ids, strict=True)])
     device = model.get_output_embeddings().weight.device
     tokens_per_batch = tokens_per_batch or _TOKENS_PER_BATCH.get(device.type, 16384)
-    with tqdm(total=int(lengths.sum()), unit="tok", desc="reading texts", disable=not progress) as bar:
-        for text_ids in _batches(lengths, tokens_per_batch):
-            yield _read_batch(model, texts, text_ids, device)
-            bar.update(int(lengths[text_ids].sum()))
+    shared, rest = shared_prompt_batches(texts, text_ids, tokens_per_batch)
+    with tqdm(total=int(lengths[text_ids].sum()), unit="tok", desc="reading texts", disable=not progress) as bar:
+        for batch in shared:
+            states = read_shared_prompt(model, texts, batch, device)
+            if states is None:
+                rest = np.union1d(rest, batch)
+                continue
+            yield _of_shared_prompt(batch, states)
+            bar.update(int(lengths[batch].sum()))
+        for batch in _batches(lengths, rest, tokens_per_batch):
+            yield _read_batch(model, texts, batch, device)
+            bar.update(int(lengths[batch].sum()))
 
 
 def read_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "P D"]:
@@ -88,8 +103,11 @@ def read_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Fl
     return torch.stack(means)
 
 
-def _batches(lengths: Int[np.ndarray, "N"], tokens_per_batch: int) -> Iterator[np.ndarray]:
-    order = np.argsort(-lengths, kind="stable")
+def _batches(
+    lengths: Int[np.ndarray, "N"], text_ids: Int[np.ndarray, "M"], tokens_per_batch: int
+) -> Iterator[np.ndarray]:
+    """Batches of like length, longest first (so that memory problems show at once)."""
+    order = text_ids[np.argsort(-lengths[text_ids], kind="stable")]
     start = 0
     while start < len(order):
         size = max(1, tokens_per_batch // int(lengths[order[start]]))
@@ -107,6 +125,18 @@ def _read_batch(model: PreTrainedModel, texts: TextTable, text_ids: np.ndarray, 
         completion_mean=_masked_mean(states, padded.completion_mask).cpu(),
         prompt_mean=_masked_mean(states, padded.attention_mask - padded.completion_mask).cpu(),
     )
+
+
+def _of_shared_prompt(text_ids: np.ndarray, states: PromptStates) -> TextBatch:
+    text, position = states.mask.nonzero(as_tuple=True)
+    packed = PackedStates(
+        states.before[text, position].cpu(),
+        states.completion_ids[text, position].cpu(),
+        text.cpu(),
+        len(text_ids),
+    )
+    prompt_mean = states.prompt_mean.cpu().expand(len(text_ids), -1)
+    return TextBatch(text_ids, packed, _masked_mean(states.at, states.mask).cpu(), prompt_mean)
 
 
 def pad_texts(texts: TextTable, text_ids: np.ndarray) -> PaddedTexts:

@@ -1,7 +1,8 @@
 """States of the frozen trunk, computed once per text and kept: in a memory-mapped file or in memory.
 
 The trunk never changes, so an epoch over cached states costs the heads alone. A cache is found by what it was computed
-from (base weights, token ids, type, format), never by a name, so it cannot be stale.
+from (base weights, token ids, type, format), never by a name, so it cannot be stale; and a text that any earlier table
+of the same base holds is copied from there (see `known_texts`).
 
 Legend: N texts, P prompts, T completion tokens of all texts, t those of a batch, D hidden.
 """
@@ -9,10 +10,11 @@ Legend: N texts, P prompts, T completion tokens of all texts, t those of a batch
 from __future__ import annotations
 
 import hashlib
+import itertools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +24,9 @@ from torch import Tensor
 from prefmix.data.comparisons import TextTable
 from prefmix.experts.base_model import BaseModel
 from prefmix.experts.cache_folder import cache_folder
-from prefmix.experts.text_pass import predicted_lengths, read_prompts, read_texts
+from prefmix.experts.interface import PackedStates
+from prefmix.experts.known_texts import find_known_texts, text_keys
+from prefmix.experts.text_pass import TextBatch, predicted_lengths, read_prompts, read_texts
 from prefmix.experts.trunk_files import (
     FORMAT_VERSION,
     DamagedCache,
@@ -46,6 +50,7 @@ class TrunkStates:
         """Wraps states in text order; `tables` holds offsets [N+1], targets [T], completion_mean and prompt_mean."""
         self._hidden, self._targets = hidden, tables["targets"]
         self._offsets = tables["offsets"].numpy()
+        self._prompt_index = tables["prompt_index"].numpy()
         self.completion_mean: Float[Tensor, "N D"] = tables["completion_mean"]
         self.prompt_mean: Float[Tensor, "P D"] = tables["prompt_mean"]
         self.folder = folder
@@ -69,6 +74,11 @@ class TrunkStates:
         rows = torch.from_numpy(_ragged_rows(self._offsets[ids], lengths))
         segments = torch.from_numpy(np.repeat(np.arange(len(ids)), lengths))
         return {"hidden": self._hidden[rows], "targets": self._targets[rows], "segments": segments}
+
+    def batch(self, text_ids: Int[np.ndarray, "n"], found: Int[np.ndarray, "n"]) -> TextBatch:
+        """The texts `found` as if they had just been read, under the ids that they have in another table."""
+        packed = PackedStates(**self.gather(found), num_texts=len(found))
+        return TextBatch(text_ids, packed, self.completion_mean[found], self.prompt_mean[self._prompt_index[found]])
 
 
 def build_trunk_states(
@@ -105,6 +115,7 @@ def build_trunk_states(
         return TrunkStates(hidden, _fill(hidden, base, texts, lengths, tokens_per_batch, progress))
     root = Path(cache_dir).expanduser() if cache_dir is not None else cache_folder() / "trunk_states"
     folder = root / cache_key(base, texts, dtype)
+    base_key = folder.name.split("-")[0]
     if folder.exists():
         try:
             return _open(folder, dtype)
@@ -113,20 +124,39 @@ def build_trunk_states(
     with new_folder(folder) as staging:
         width = base.model.get_output_embeddings().weight.shape[1]
         hidden = map_hidden(staging, int(lengths.sum()), width, dtype, create=True)
-        tables = _fill(hidden, base, texts, lengths, tokens_per_batch, progress)
+        known = [
+            KnownTexts(here, there, _open(sibling, dtype))
+            for sibling, here, there in find_known_texts(root, base_key, text_keys(texts))
+        ]
+        tables = _fill(hidden, base, texts, lengths, tokens_per_batch, progress, known)
         write_tables(staging, tables, dtype)
     return _open(folder, dtype)
 
 
 def cache_key(base: BaseModel, texts: TextTable, dtype: torch.dtype) -> str:
-    """SHA-256 of everything that the stored states depend on."""
-    digest = hashlib.sha256(f"trunk states {FORMAT_VERSION} {base.sha256} {dtype}".encode())
+    """Name of a cache folder: a hash of what all its texts share (base, type, format), a dash, a hash of the texts."""
+    shared = hashlib.sha256(f"trunk states {FORMAT_VERSION} {base.sha256} {dtype}".encode())
+    digest = hashlib.sha256()
     for lists in (texts.prompt_ids, texts.completion_ids, texts.prompts):
         digest.update(np.array([len(ids) for ids in lists], dtype=np.int64).tobytes())
         for ids in lists:
             digest.update(np.asarray(ids, dtype=np.int64).tobytes())
     digest.update(np.asarray(texts.prompt_index, dtype=np.int64).tobytes())
-    return digest.hexdigest()
+    return f"{shared.hexdigest()[:32]}-{digest.hexdigest()[:32]}"
+
+
+class KnownTexts(NamedTuple):
+    """Texts of a new table whose states another table has.
+
+    Attributes:
+        here: [n] their ids in the new table.
+        there: [n] their ids in the other.
+        states: the other's.
+    """
+
+    here: Int[np.ndarray, "n"]
+    there: Int[np.ndarray, "n"]
+    states: TrunkStates
 
 
 def _open(folder: Path, dtype: torch.dtype) -> TrunkStates:
@@ -142,6 +172,7 @@ def _fill(
     lengths: Int[np.ndarray, "N"],
     tokens_per_batch: int | None,
     progress: bool,
+    known: Sequence[KnownTexts] = (),
 ) -> dict[str, Tensor]:
     """Writes every state into its place in `hidden` and returns the tables."""
     base.model.eval()
@@ -149,19 +180,25 @@ def _fill(
     targets = torch.empty(len(hidden), dtype=torch.int64)
     completion_mean = torch.zeros(len(texts), hidden.shape[1])
     prompt_mean = torch.zeros(len(texts.prompts), hidden.shape[1])
-    for batch in read_texts(base.model, texts, tokens_per_batch=tokens_per_batch, progress=progress):
+    unread = np.setdiff1d(
+        np.arange(len(texts)), np.concatenate([np.zeros(0, dtype=np.int64), *(k.here for k in known)])
+    )
+    read = read_texts(base.model, texts, unread, tokens_per_batch=tokens_per_batch, progress=progress)
+    for batch in itertools.chain((part.states.batch(part.here, part.there) for part in known), read):
         rows = torch.from_numpy(_ragged_rows(offsets[batch.text_ids], lengths[batch.text_ids]))
         hidden[rows] = batch.packed.hidden.to(hidden.dtype)
         targets[rows] = batch.packed.targets
         completion_mean[batch.text_ids] = batch.completion_mean
         # Texts of one prompt agree on it up to rounding: the trunk is causal.
         prompt_mean[texts.prompt_index[batch.text_ids]] = batch.prompt_mean
-    unread = np.setdiff1d(np.arange(len(texts.prompts)), texts.prompt_index)
-    unread = np.array([p for p in unread if len(texts.prompts[p])], dtype=np.int64)
-    if len(unread):
-        prompt_mean[unread] = read_prompts(base.model, [texts.prompts[p] for p in unread])
+    bare = np.setdiff1d(np.arange(len(texts.prompts)), texts.prompt_index)
+    bare = np.array([p for p in bare if len(texts.prompts[p])], dtype=np.int64)
+    if len(bare):
+        prompt_mean[bare] = read_prompts(base.model, [texts.prompts[p] for p in bare])
     return {
         "offsets": torch.from_numpy(offsets),
+        "prompt_index": torch.from_numpy(np.asarray(texts.prompt_index, dtype=np.int64)),
+        "text_keys": torch.from_numpy(text_keys(texts)),
         "targets": targets,
         "completion_mean": completion_mean,
         "prompt_mean": prompt_mean,

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MANIFEST, _TABLES, _HIDDEN = "manifest.json", "tables.safetensors", "hidden.bin"
 # 65,536 blocks of 4 kB: a file below 256 MB is checked whole, a larger one evenly in under a second.
 _BLOCK, _MOST_BLOCKS = 4096, 65_536
