@@ -49,7 +49,8 @@ def shared_prompt_batches(
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for text in text_ids.tolist():
         by_prompt.setdefault(tuple(texts.prompt_ids[text]), []).append(text)
-    batches, rest = [], []
+    batches: list[np.ndarray] = []
+    rest: list[int] = []
     for prompt, members in by_prompt.items():
         if len(members) < 2 or len(prompt) < SHORTEST_PROMPT:
             rest.extend(members)
