@@ -5,7 +5,9 @@ Legend: N texts, T completion tokens of all texts, K experts, D hidden size, V v
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxtyping import Float, Int
@@ -93,6 +95,25 @@ class AbstractExperts(nn.Module, ABC):
     def load_expert_state(self, expert: int, state: dict[str, Tensor]) -> None:
         """Takes what `expert_state` gave."""
 
+    def freeze_experts(self, experts: Sequence[int]) -> None:
+        """Cuts the gradient of these experts, for good; the others train on.
+
+        Here for experts whose parameters stand stacked, [K, ...]: their rows get a gradient of exactly zero. (What an
+        optimizer does without a gradient, weight decay, is undone by the trainer.)
+        """
+        for parameter in self.parameters():
+            if parameter.requires_grad and parameter.shape[:1] == (self.num_experts,):
+                parameter.register_hook(functools.partial(_without_rows, rows=list(experts)))
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Keeps no activations of what trains, and recomputes them in the backward pass; nothing to do for heads."""
+
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """JSON description from which an equal, untrained instance can be built (kind, head, rank, K)."""
+
+
+def _without_rows(gradient: Tensor, rows: list[int]) -> Tensor:
+    gradient = gradient.clone()
+    gradient[rows] = 0.0
+    return gradient

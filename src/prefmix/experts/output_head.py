@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 # Config attribute -> how it acts on the scale of the logits (Cohere, Granite, Falcon-H1).
-_SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1}
+SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1}
 _NONLINEAR = ("final_logit_softcapping",)
 
 
@@ -57,7 +57,7 @@ def find_output_head(model: PreTrainedModel) -> OutputHead:
             "use a causal language model with a plain output head (AutoModelForCausalLM)"
         )
     scale = 1.0
-    for name, power in _SCALES.items():
+    for name, power in SCALES.items():
         value = getattr(config, name, None)
         scale *= float(value) ** power if value is not None else 1.0
     return OutputHead(layer.weight, layer.bias, scale)

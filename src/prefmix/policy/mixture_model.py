@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -36,6 +36,10 @@ class MixtureModel(nn.Module):
         super().__init__()
         self.experts = experts
         self.gate = gate
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """What `Trainer` calls for `gradient_checkpointing=True`."""
+        self.experts.activation_checkpointing_enable(**options)
 
     def forward(
         self,
