@@ -144,11 +144,17 @@ def ratio_interval(values: np.ndarray, reference: np.ndarray) -> tuple[float, fl
     return float(np.median(ratios)), float(low), float(high)
 
 
-def peak_megabytes(model: str, num_experts: int, rank: int) -> float:
-    """Peak memory of a fresh process that takes two steps."""
+def peak_megabytes(model: str, num_experts: int, rank: int, repeats: int = 3) -> float:
+    """Median over fresh processes of their peak memory after two steps.
+
+    Call it while this process is still small: on Linux a child's `ru_maxrss` starts from its parent's memory.
+    """
     command = [sys.executable, __file__, "--model", model, "--rank", str(rank), "--memory_cell", str(num_experts)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+    peaks = []
+    for _ in range(repeats):
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(float(done.stdout.split()[-1]))
+    return float(np.median(peaks))
 
 
 def memory_cell(model: str, num_experts: int, rank: int) -> None:
@@ -228,10 +234,10 @@ def main() -> None:
         return memory_cell(args.model, args.memory_cell, args.rank)
     ks = sorted({1, *args.experts})
     report: dict[str, Any] = {"machine": machine(), "correctness": correctness(), "rank": args.rank, "cells": {}}
+    peaks = {k: peak_megabytes(args.model, k, args.rank) for k in ks}
     base = load_base(args.model, dtype=torch.float32)
     report |= {"model": base.source, "base_sha256": base.sha256, "texts": real_texts(base)[1]}
     seconds = time_steps(base, ks, args.rank, args.repeats)
-    peaks = {k: peak_megabytes(args.model, k, args.rank) for k in ks}
     totals = {k: np.array([sum(s) for s in steps]) for k, steps in seconds.items()}
     for k, steps in seconds.items():
         report["cells"][k] = {
