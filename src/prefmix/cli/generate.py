@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefmix.cli.loading import add_policy, load_policy
 from prefmix.cli.output import stdout_is_for_results
 from prefmix.cli.recipe import parse_scalar
+
+if TYPE_CHECKING:
+    from prefmix.policy.prompts import Prompt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add_policy(parser)
     parser.add_argument("--prompt", help="what to answer; default: standard input")
+    parser.add_argument("--raw", action="store_true", help="the prompt as it stands, without the model's chat template")
     add_sampling(parser)
     parser.add_argument("--stream", action="store_true", help="print tokens as they come")
 
@@ -58,9 +62,11 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--prompt is empty; write what to answer")
     with stdout_is_for_results():
         policy = load_policy(args)
+    chats = policy.tokenizer.chat_template is not None and not args.raw
+    asked: Prompt = [{"role": "user", "content": prompt}] if chats else prompt
     if not args.stream:
-        print(policy.generate(prompt, **options))
+        print(policy.generate(asked, **options))
         return
-    for piece in policy.generate(prompt, stream=True, **options):
+    for piece in policy.generate(asked, stream=True, **options):
         print(piece, end="", flush=True)
     print()
