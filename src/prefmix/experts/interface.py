@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 class PackedStates(NamedTuple):
@@ -73,9 +74,15 @@ class AbstractExpertDecoder(ABC):
 
 
 class AbstractExperts(nn.Module, ABC):
-    """K policies over one tokenizer."""
+    """K policies over one tokenizer.
+
+    Attributes:
+        num_experts: K.
+        base_model: a frozen model: what the gate and the probe read of prompts and texts, and the (shared) reference.
+    """
 
     num_experts: int
+    base_model: PreTrainedModel
 
     @abstractmethod
     def forward(self, texts: PackedStates | PaddedTexts) -> ExpertLogProbs:
@@ -111,6 +118,24 @@ class AbstractExperts(nn.Module, ABC):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """JSON description from which an equal, untrained instance can be built (kind, head, rank, K)."""
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """Trained tensors that all experts share (a trained trunk); empty where only experts train."""
+        return {}
+
+    def load_shared_state(self, state: dict[str, Tensor]) -> None:
+        """Takes what `shared_state` gave."""
+        assert not state, "these experts share no trained tensors"
+
+
+class AbstractSharedBaseExperts(AbstractExperts):
+    """Experts that grow from one frozen base model, which is the reference of all of them.
+
+    Attributes:
+        base_model: the frozen base; it never changes, whatever trains.
+    """
+
+    base_model: PreTrainedModel
 
 
 def _without_rows(gradient: Tensor, rows: list[int]) -> Tensor:

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefmix.data.comparisons import ComparisonTable
 from prefmix.data.tokenization import tokenize_rows, tokenize_texts
 from prefmix.data.users import MetadataEncoder
-from prefmix.experts.shared_base import SharedBaseExperts
 from prefmix.mixture.bradley_terry import implicit_rewards, mixture_log_lik
 from prefmix.policy.config import PolicyConfig
 from prefmix.policy.folder import policy_home
@@ -78,10 +77,9 @@ class MixturePolicy:
     def eos_token_ids(self) -> set[int]:
         """Tokens that end a response: the tokenizer's, and those of the base model's generation config."""
         found = {self.tokenizer.eos_token_id}
-        if isinstance(self.model.experts, SharedBaseExperts):
-            generation_config = self.model.experts.base_model.generation_config
-            base_eos = None if generation_config is None else generation_config.eos_token_id
-            found |= set(base_eos) if isinstance(base_eos, list) else {base_eos}
+        generation_config = self.model.experts.base_model.generation_config
+        base_eos = None if generation_config is None else generation_config.eos_token_id
+        found |= set(base_eos) if isinstance(base_eos, list) else {base_eos}
         return {int(token) for token in found if token is not None}
 
     # --- disk ---------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 Layout:
     mixture_config.json         `PolicyConfig`
-    expert_0/head.safetensors   the tensors of expert 0, the source of truth; also a PEFT adapter where there is one
+    expert_0/head.safetensors   the tensors of expert 0, the source of truth; also a PEFT adapter where there is one;
+                                a whole model's folder for independent experts
     gate/gate.safetensors       the gate's state; gate/metadata.json the encoder of metadata, if there is one
     users/users.json            user names; users/users.safetensors their evidence (absent without user state)
     base/                       the base model, only where it cannot be found again elsewhere
@@ -18,18 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefmix.data.users import MetadataEncoder
 from prefmix.experts.base_model import BaseModel, load_base
-from prefmix.experts.build import build_experts
-from prefmix.experts.shared_base import SharedBaseExperts
 from prefmix.mixture.gates import Gate
-from prefmix.policy.adapters import write_adapter
 from prefmix.policy.config import PolicyConfig
+from prefmix.policy.expert_files import can_be_found_again, load_tensors, read_experts, save_tensors, write_experts
 from prefmix.policy.folder import CONFIG_FILE, damaged_files, find_policy, replacing_folder
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.policy.model_card import model_card
@@ -69,19 +65,16 @@ def write_policy(path: str | Path, parts: PolicyParts, *, user_state: bool = Tru
     """
     with replacing_folder(Path(path), marker=CONFIG_FILE) as folder:
         config = parts.config
-        if config.base_source == BASE_COPY or not _can_be_found_again(config.base_source):
+        if config.base_source == BASE_COPY or not can_be_found_again(config.base_source):
             config = _copy_base(parts, folder)
         elif Path(config.base_source).exists():
             config = replace(config, base_source=os.path.abspath(config.base_source))
-        for expert in range(config.num_experts):
-            (folder / f"expert_{expert}").mkdir()
-            _save(parts.model.experts.expert_state(expert), folder / f"expert_{expert}" / "head.safetensors")
-            write_adapter(parts.model.experts, expert, folder / f"expert_{expert}", config.base_source)
+        config = write_experts(parts.model.experts, folder, config, parts.tokenizer)
         config = _write_gate(parts, config, folder, user_state)
         if user_state:
             (folder / "users").mkdir()
             _write_json(folder / "users" / "users.json", parts.users.names)
-            _save(parts.users.tensors(), folder / "users" / "users.safetensors")
+            save_tensors(parts.users.tensors(), folder / "users" / "users.safetensors")
         parts.tokenizer.save_pretrained(str(folder))
         (folder / "README.md").write_text(model_card(config, parts.users if user_state else None), encoding="utf-8")
         (folder / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
@@ -110,7 +103,7 @@ def read_policy(
     users = UserState.empty(config.num_experts)
     if (folder / "users" / "users.json").is_file():
         names = json.loads((folder / "users" / "users.json").read_text(encoding="utf-8"))
-        users = UserState(names, **_load(folder / "users" / "users.safetensors"))
+        users = UserState(names, **load_tensors(folder / "users" / "users.safetensors"))
     encoder_file = folder / "gate" / "metadata.json"
     encoder = (
         MetadataEncoder.from_dict(json.loads(encoder_file.read_text(encoding="utf-8")))
@@ -122,11 +115,9 @@ def read_policy(
 
 
 def _load_model(folder: Path, config: PolicyConfig, base: PreTrainedModel) -> MixtureModel:
-    experts = build_experts(base, config.experts)
-    for expert in range(config.num_experts):
-        experts.load_expert_state(expert, _load(folder / f"expert_{expert}" / "head.safetensors"))
+    experts = read_experts(folder, config, base)
     gate = Gate(**config.gate)
-    gate.load_state_dict(_load(folder / "gate" / "gate.safetensors"))
+    gate.load_state_dict(load_tensors(folder / "gate" / "gate.safetensors"))
     return MixtureModel(experts, gate)
 
 
@@ -155,16 +146,8 @@ def _load_checked_base(folder: Path, config: PolicyConfig, base: str | Path | Pr
     return loaded
 
 
-def _can_be_found_again(source: str) -> bool:
-    """Whether `source` is a folder, or looks like a name on the hub (owner/name) or a name that `load_base` knows."""
-    if not source or source.startswith("<"):
-        return False
-    return Path(source).exists() or not Path(source).is_absolute()
-
-
 def _copy_base(parts: PolicyParts, folder: Path) -> PolicyConfig:
     """Writes the base model into the policy folder and returns the config that points there."""
-    assert isinstance(parts.model.experts, SharedBaseExperts), "only experts over a shared base have one to copy"
     parts.model.experts.base_model.save_pretrained(str(folder / "base"))
     parts.tokenizer.save_pretrained(str(folder / "base"))
     dtype = getattr(torch, parts.config.dtype) if parts.config.dtype else None
@@ -180,21 +163,10 @@ def _write_gate(parts: PolicyParts, config: PolicyConfig, folder: Path, user_sta
     if "user" in state and not user_state:
         state["user"], description["num_users"] = state["user"][:0], 0
     (folder / "gate").mkdir()
-    _save(state, folder / "gate" / "gate.safetensors")
+    save_tensors(state, folder / "gate" / "gate.safetensors")
     if parts.metadata_encoder is not None:
         _write_json(folder / "gate" / "metadata.json", parts.metadata_encoder.to_dict())
     return replace(config, gate=description)
-
-
-def _save(tensors: dict[str, Tensor], file: Path) -> None:
-    save_file({name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}, str(file))
-
-
-def _load(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(str(file))
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: cannot be read ({error}); restore the policy folder or save it again") from error
 
 
 def _write_json(file: Path, value: Any) -> None:

@@ -14,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefmix.data.users import MetadataEncoder
-from prefmix.experts.shared_base import SharedBaseExperts
 from prefmix.mixture.gates import GateInputs
 from prefmix.mixture.posterior import posterior
 from prefmix.policy.mixture_model import MixtureModel
@@ -150,7 +149,6 @@ class UserWeights(NamedTuple):
             return None
         if prompts is None:
             return self.model.gate.prompt_mean.expand(num_rows, -1)
-        assert isinstance(self.model.experts, SharedBaseExperts), "a gate that reads prompts comes with a shared trunk"
         return pooled_prompt_states(self.model.experts.base_model, prompts)
 
     def _features(self, metadata: Sequence[Mapping[str, Any] | None]) -> Float[Tensor, "B M"] | None:
