@@ -89,3 +89,17 @@ def test_missing_recipe_says_how_to_get_one(tmp_path: Path) -> None:
 def test_fields_of_trl_get_a_hint(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="here it is 'model'"):
         load_recipe(_write(tmp_path, "model_name_or_path: m\n"), {})
+
+
+def test_fields_of_transformers_that_cannot_work_are_refused_at_once() -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(None, {"fp16": True, "gradient_accumulation_steps": 0})
+    assert "fp16=true" in str(caught.value)
+    assert "gradient_accumulation_steps=0" in str(caught.value)
+
+
+def test_choices_of_transformers_are_known_without_importing_it() -> None:
+    for name in ("eval_strategy", "save_strategy"):
+        with pytest.raises(RecipeError, match=rf"{name}='epochs': expected one of .*did you mean 'epoch'"):
+            load_recipe(None, {name: "epochs"})
+    assert load_recipe(None, {"lr_scheduler_type": "cosine", "optim": "adamw_torch"}).values["optim"] == "adamw_torch"

@@ -63,6 +63,14 @@ def test_a_second_run_does_not_overwrite_the_first(place: Path, capsys: pytest.C
     assert "--resume_from_checkpoint auto" in capsys.readouterr().err
 
 
+def test_resuming_a_finished_run_says_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", str(place / "recipe.yaml"), "--num_experts", "2", "--resume_from_checkpoint", "auto"]
+    assert main([*words, "--format", "json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["steps"] == 4
+    assert "finished" in captured.err
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", str(place / "recipe.yaml"), "--dry_run", "--output_dir", str(place / "other"), "--format", "json"]
     assert main(words) == 0

@@ -103,7 +103,9 @@ def all_fields() -> dict[str, FieldDoc]:
         *_dataclass_fields(RunOptions, "run"),
         *_trainer_fields(),
     ):
-        fields.setdefault(doc.name, doc)
+        known = fields.setdefault(doc.name, doc)
+        if not known.choices:
+            fields[doc.name] = known._replace(choices=doc.choices)
     return fields
 
 
@@ -132,23 +134,38 @@ def _spell(hint: Any) -> str:
 
 
 def _trainer_fields() -> list[FieldDoc]:
-    tree = ast.parse(_training_arguments_source())
+    tree = ast.parse(_transformers_source("training_args.py"))
     owner = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
+    enums = _enum_values(tree) | _enum_values(ast.parse(_transformers_source("trainer_utils.py")))
     docs = []
     for node in owner.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(node.value, ast.Call):
             keywords = {word.arg: word.value for word in node.value.keywords}
+            kinds = [part.strip() for part in ast.unparse(node.annotation).split("|")]
+            choices = next((enums[kind] for kind in kinds if kind in enums), ())
+            kind = " | ".join(dict.fromkeys("str" if kind in enums else kind for kind in kinds))
             help_text = str(_metadata(keywords).get("help", "")).replace("%%", "%")
-            default = _literal(keywords.get("default"))
-            docs.append(FieldDoc(node.target.id, ast.unparse(node.annotation), (), default, help_text, "trainer"))
+            docs.append(
+                FieldDoc(node.target.id, kind, choices, _literal(keywords.get("default")), help_text, "trainer")
+            )
     return docs
 
 
-def _training_arguments_source() -> str:
+def _enum_values(tree: ast.Module) -> dict[str, tuple[str, ...]]:
+    """Name -> values of the enumerations of text in a module."""
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "ExplicitEnum" for base in node.bases):
+            values = [_literal(item.value) for item in node.body if isinstance(item, ast.Assign)]
+            found[node.name] = tuple(str(value) for value in values if value is not None)
+    return found
+
+
+def _transformers_source(file: str) -> str:
     spec = importlib.util.find_spec("transformers")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("transformers is not installed; run: pip install prefmix")
-    return (Path(spec.origin).parent / "training_args.py").read_text(encoding="utf-8")
+    return (Path(spec.origin).parent / file).read_text(encoding="utf-8")
 
 
 def _metadata(keywords: dict[str | None, ast.expr]) -> dict[str, Any]:

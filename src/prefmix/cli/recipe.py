@@ -92,10 +92,14 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any], required: Itera
     values |= overrides
     lines |= {name: f"--{name}" for name in overrides}
     values = {name: value for name, value in values.items() if _known(name, lines, problems)}
-    checked = {name: value for name, value in values.items() if all_fields()[name].origin in ("mixture", "run")}
-    problems += [_locate(problem, lines) for problem in _option_problems(checked)]
-    for name in values.keys() - checked.keys():
-        problems += _type_problem(all_fields()[name], values[name], lines[name])
+    for name, value in values.items():
+        doc, place = all_fields()[name], lines[name]
+        if doc.origin in ("data", "trainer"):  # validate_options knows the types of the others
+            problems += _type_problem(doc, value, place)
+        if doc.origin in ("run", "trainer"):
+            problems += _choice_problem(doc, value, place)
+    options = {name: value for name, value in values.items() if all_fields()[name].origin != "data"}
+    problems += [_locate(problem, lines) for problem in _option_problems(options)]
     for name in required:
         if values.get(name) is None:
             problems.append(f"{name}: missing; write it in the recipe or give --{name}")
@@ -170,7 +174,7 @@ def _validation_lines(values: Mapping[str, Any]) -> list[str]:
 def _locate(problem: str, lines: Mapping[str, str]) -> str:
     found = re.match(r"\w+", problem)
     line = lines.get(found.group()) if found else None
-    return f"{line}: {problem}" if line and not line.startswith("--") else problem
+    return _prefix(line) + problem if line else problem
 
 
 def _type_problem(doc: FieldDoc, value: Any, line: str) -> list[str]:
@@ -179,5 +183,16 @@ def _type_problem(doc: FieldDoc, value: Any, line: str) -> list[str]:
     if not plain or any(_IS_KIND[kind](value) for kind in plain):
         return []
     expected = " or ".join(_PLAIN.get(kind, f"a {kind}") for kind in plain)
-    where = "" if line.startswith("--") else f"{line}: "
-    return [f"{where}{doc.name}={value!r}: expected {expected}"]
+    return [f"{_prefix(line)}{doc.name}={value!r}: expected {expected}"]
+
+
+def _choice_problem(doc: FieldDoc, value: Any, line: str) -> list[str]:
+    if not doc.choices or not isinstance(value, str) or value in doc.choices:
+        return []
+    choices = ", ".join(doc.choices) + suggestion(value, doc.choices)
+    return [f"{_prefix(line)}{doc.name}={value!r}: expected one of {choices}"]
+
+
+def _prefix(line: str) -> str:
+    """Where in a file a field stands; a flag names itself."""
+    return "" if line.startswith("--") else f"{line}: "

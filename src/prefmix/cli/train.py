@@ -64,7 +64,10 @@ def train(recipe: Recipe) -> dict[str, Any] | None:
     _talk_on_stderr()
     values = recipe.values
     options = {name: value for name, value in values.items() if name not in RunFields.__dataclass_fields__}
-    config = MixtureConfig(output_dir=values["output_dir"], **_with_evaluation(options, values))
+    try:
+        config = MixtureConfig(output_dir=values["output_dir"], **_with_evaluation(options, values))
+    except ValueError as error:  # transformers' own rules, such as load_best_model_at_end without evaluation
+        raise ValueError(str(error)) from error
     held_out = values.get("eval_data")
     trainer = MixtureTrainer(
         model=values["model"],

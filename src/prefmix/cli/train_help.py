@@ -17,6 +17,7 @@ _GROUPS = {
     "trainer": "transformers' TrainingArguments",
 }
 _WIDTH = 118
+_SHOWN_CHOICES = 6
 
 
 def add_field_flags(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +66,8 @@ def _value(doc: FieldDoc, words: str | Sequence[str]) -> Any:
 
 
 def _field_lines(doc: FieldDoc) -> list[str]:
-    choices = "{" + ",".join(doc.choices) + "}" if doc.choices else doc.kind.replace(" | None", "").replace(" ", "")
+    kind = doc.kind.replace(" | None", "").replace(" ", "")
+    choices = "{" + ",".join(doc.choices) + "}" if 0 < len(doc.choices) <= _SHOWN_CHOICES else kind
     many = " ..." if doc.is_list and doc.choices else ""
     default = "" if doc.default in (None, "") else f" [{_spell(doc.default)}]"
     head = f"  --{doc.name} {choices}{many}{default}"
