@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from transformers import LlamaForCausalLM
+import torch
+import transformers
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from prefmix.data.comparisons import TextTable
 from prefmix.experts.base_model import BaseModel, content_sha256
@@ -31,3 +33,57 @@ def make_texts() -> Callable[..., TextTable]:
 def base(tiny_model: LlamaForCausalLM) -> BaseModel:
     """The tiny model as `load_base` would give it."""
     return BaseModel(tiny_model, None, "<tiny>", content_sha256(tiny_model))
+
+
+# Other architectures of the same size.
+_SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
+# Window of four tokens: shorter than the texts, so that a wrong mask shows.
+_WINDOW = {"sliding_window": 4}
+_FAMILIES: dict[str, dict[str, object]] = {
+    "Llama": {},
+    "Mistral": _WINDOW,
+    "Qwen2": {**_WINDOW, "use_sliding_window": True, "max_window_layers": 2},
+    "Qwen3": {},
+    "Gemma2": {**_WINDOW, "final_logit_softcapping": None, "query_pre_attn_scalar": 8},
+    "Gemma3": {**_WINDOW, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+    "Phi": {},
+    "Phi3": {},
+    "Olmo2": {},
+    "GPT2": {},
+}
+
+
+def _make_family_model(family: str, seed: int = 0) -> PreTrainedModel:
+    """A seeded random model, float32, with weights large enough that mistakes show."""
+    if family == "GPT2":
+        config = transformers.GPT2Config(vocab_size=320, n_embd=32, n_layer=3, n_head=4, n_positions=128)
+        model_class = transformers.GPT2LMHeadModel
+    else:
+        config_name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
+        config = getattr(transformers, config_name)(**(_SIZES | _FAMILIES[family]))
+        model_class = getattr(transformers, f"{family}ForCausalLM")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = model_class(config)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.15)
+    return model.float().eval()
+
+
+@pytest.fixture(scope="session")
+def make_family_model() -> Callable[..., PreTrainedModel]:
+    """Builds a tiny random model of an architecture, D=32, 3 layers, V=320."""
+    return _make_family_model

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from prefmix.experts.branches import BranchedExperts
 from prefmix.experts.interface import AbstractExperts
 from prefmix.experts.shared_base import SharedBaseExperts
 
@@ -37,10 +38,17 @@ def _shared_base(
     base_model: PreTrainedModel, description: Mapping[str, Any], generator: torch.Generator | None
 ) -> SharedBaseExperts:
     if description.get("branch_depth", 0) != 0:
-        raise ValueError(f"branch_depth={description['branch_depth']}: this prefmix has output heads only; use 0")
+        raise ValueError(f"kind='shared_base' with branch_depth={description['branch_depth']}: use kind='branched'")
     return SharedBaseExperts(
         base_model, description["num_experts"], description["head"], description["rank"], generator
     )
 
 
-EXPERT_KINDS: dict[str, Builder] = {"shared_base": _shared_base}
+def _branched(
+    base_model: PreTrainedModel, description: Mapping[str, Any], generator: torch.Generator | None
+) -> BranchedExperts:
+    fields = {name: value for name, value in description.items() if name != "kind"}
+    return BranchedExperts(base_model, **fields, generator=generator)
+
+
+EXPERT_KINDS: dict[str, Builder] = {"shared_base": _shared_base, "branched": _branched}

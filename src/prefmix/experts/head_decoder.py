@@ -5,6 +5,9 @@ Legend: B sequences, L prompt length, K experts, D hidden, V vocabulary, M kept 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -24,19 +27,21 @@ class HeadDecoder(AbstractExpertDecoder):
         logit_function: LogitFunction,
         input_ids: Int[Tensor, "B L"],
         attention_mask: Int[Tensor, "B L"],
+        applied: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """Reads left-padded prompts (the last column holds a token of every prompt)."""
+        """Reads left-padded prompts (the last column holds a token of every prompt), inside `applied()`."""
         if not bool(attention_mask[:, -1].all()):
             raise ValueError("attention_mask: a prompt ends in padding; pad prompts on the left to decode")
         self._model = base_model
-        self._logit_function = logit_function
+        self._logit_function, self._applied = logit_function, applied
         self._cache = DynamicCache(config=base_model.config)
         self._mask = attention_mask
         self._hidden = self._read(input_ids)
 
     @torch.no_grad()
     def _read(self, tokens: Int[Tensor, "B M"]) -> Float[Tensor, "B D"]:
-        output = run_trunk(self._model, tokens, self._mask, past_key_values=self._cache, use_cache=True)
+        with self._applied():
+            output = run_trunk(self._model, tokens, self._mask, past_key_values=self._cache, use_cache=True)
         return output.last_hidden_state[:, -1]
 
     @torch.no_grad()

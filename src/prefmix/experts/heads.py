@@ -1,4 +1,4 @@
-"""K output heads over one frozen trunk: low-rank in hidden space, low-rank in logit space, or full.
+"""K output heads: low-rank in hidden space, low-rank in logit space, full, or none (the base's own head for all).
 
 All start as the reference itself: the correction is zero, every log-ratio and margin is exactly 0. Parameters are
 float32 whatever the base's type.
@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from prefmix.experts.interface import PackedStates
 from prefmix.experts.output_head import OutputHead
+from prefmix.kernels.frozen_head import frozen_head_log_probs
 from prefmix.kernels.full_head import full_head_log_probs
 from prefmix.kernels.low_rank_head import head_log_probs
-from prefmix.kernels.next_token import full_logits, low_rank_logits
+from prefmix.kernels.next_token import base_logits, full_logits, low_rank_logits
 from prefmix.kernels.texts import HeadLogProbs
 from prefmix.kernels.up_projection import project_up
 
+ALL, NONE = slice(None), slice(0, 0)
 LogitFunction = Callable[[Float[Tensor, "B D"]], Float[Tensor, "B K V"]]
 
 
@@ -31,8 +33,14 @@ class AbstractHead(nn.Module, ABC):
     """K heads, each parameter stacked along a leading axis of length K."""
 
     @abstractmethod
-    def log_probs(self, states: PackedStates, output: OutputHead) -> HeadLogProbs:
-        """Sequence log-probabilities of every expert and of the reference, in nats."""
+    def log_probs(self, states: PackedStates, output: OutputHead, experts: slice = ALL) -> HeadLogProbs:
+        """Sequence log-probabilities of every expert and of the base's own head, in nats.
+
+        Args:
+            states: states that all of these experts share.
+            output: the base's output head.
+            experts: which experts, by default all; an empty slice (`NONE`) gives the base alone.
+        """
 
     @abstractmethod
     def logit_function(self, output: OutputHead, experts: list[int]) -> LogitFunction:
@@ -60,12 +68,8 @@ class HiddenHead(AbstractHead):
         self.down = _random_down(num_experts, rank, hidden, output.weight.device, generator)
         self.up = nn.Parameter(torch.zeros(num_experts, hidden, rank, device=output.weight.device))
 
-    def log_probs(self, states: PackedStates, output: OutputHead) -> HeadLogProbs:
-        up = project_up(output.weight, self.up)
-        hidden = output.scaled(states.hidden)
-        return head_log_probs(
-            hidden, states.targets, states.segments, states.num_texts, output.weight, self.down, up, bias=output.bias
-        )
+    def log_probs(self, states: PackedStates, output: OutputHead, experts: slice = ALL) -> HeadLogProbs:
+        return _low_rank_log_probs(states, output, self.down[experts], project_up(output.weight, self.up[experts]))
 
     def logit_function(self, output: OutputHead, experts: list[int]) -> LogitFunction:
         up = project_up(output.weight, self.up[experts])
@@ -86,18 +90,8 @@ class LogitHead(AbstractHead):
         self.down = _random_down(num_experts, rank, hidden, output.weight.device, generator)
         self.up = nn.Parameter(torch.zeros(num_experts, vocab, rank, device=output.weight.device))
 
-    def log_probs(self, states: PackedStates, output: OutputHead) -> HeadLogProbs:
-        hidden = output.scaled(states.hidden)
-        return head_log_probs(
-            hidden,
-            states.targets,
-            states.segments,
-            states.num_texts,
-            output.weight,
-            self.down,
-            self.up,
-            bias=output.bias,
-        )
+    def log_probs(self, states: PackedStates, output: OutputHead, experts: slice = ALL) -> HeadLogProbs:
+        return _low_rank_log_probs(states, output, self.down[experts], self.up[experts])
 
     def logit_function(self, output: OutputHead, experts: list[int]) -> LogitFunction:
         return partial(_low_rank, output=output, down=self.down[experts], up=self.up[experts])
@@ -115,17 +109,32 @@ class FullHead(AbstractHead):
         copies = output.weight.detach().float()[None].expand(num_experts, -1, -1)
         self.weight = nn.Parameter(copies.clone(memory_format=torch.contiguous_format))
 
-    def log_probs(self, states: PackedStates, output: OutputHead) -> HeadLogProbs:
-        hidden = output.scaled(states.hidden)
-        return full_head_log_probs(
-            hidden, states.targets, states.segments, states.num_texts, output.weight, self.weight, bias=output.bias
-        )
+    def log_probs(self, states: PackedStates, output: OutputHead, experts: slice = ALL) -> HeadLogProbs:
+        texts = (output.scaled(states.hidden), states.targets, states.segments, states.num_texts)
+        return full_head_log_probs(*texts, output.weight, self.weight[experts], bias=output.bias)
 
     def logit_function(self, output: OutputHead, experts: list[int]) -> LogitFunction:
         return partial(_full, output=output, weights=self.weight, experts=experts)
 
 
-HEADS: dict[str, type[AbstractHead]] = {"hidden": HiddenHead, "logit": LogitHead, "full": FullHead}
+class SharedHead(AbstractHead):
+    """W h: the base's own head for every expert, for experts that differ in their states alone (LoRA branches)."""
+
+    def __init__(self, output: OutputHead, num_experts: int, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+
+    def log_probs(self, states: PackedStates, output: OutputHead, experts: slice = ALL) -> HeadLogProbs:
+        texts = (output.scaled(states.hidden), states.targets, states.segments, states.num_texts)
+        log_probs = frozen_head_log_probs(*texts, output.weight, bias=output.bias)
+        chosen = len(range(self.num_experts)[experts])
+        return HeadLogProbs(log_probs[:, None].expand(-1, chosen), log_probs.detach())
+
+    def logit_function(self, output: OutputHead, experts: list[int]) -> LogitFunction:
+        return partial(_shared, output=output, num_experts=len(experts))
+
+
+HEADS: dict[str, type[AbstractHead]] = {"hidden": HiddenHead, "logit": LogitHead, "full": FullHead, "none": SharedHead}
 
 
 def _random_down(
@@ -136,6 +145,13 @@ def _random_down(
     return nn.Parameter(values.to(device))
 
 
+def _low_rank_log_probs(
+    states: PackedStates, output: OutputHead, down: Float[Tensor, "k r D"], up: Float[Tensor, "k V r"]
+) -> HeadLogProbs:
+    texts = (output.scaled(states.hidden), states.targets, states.segments, states.num_texts)
+    return head_log_probs(*texts, output.weight, down, up, bias=output.bias)
+
+
 def _low_rank(hidden: Tensor, output: OutputHead, down: Tensor, up: Tensor) -> Tensor:
     return low_rank_logits(output.scaled(hidden), output.weight, output.bias, down, up)
 
@@ -144,3 +160,8 @@ def _full(hidden: Tensor, output: OutputHead, weights: Tensor, experts: list[int
     # Indexed one by one: a stacked copy of whole heads would be as large as the model.
     chosen = [weights[k] for k in experts]
     return full_logits(output.scaled(hidden), output.weight, output.bias, chosen)
+
+
+def _shared(hidden: Tensor, output: OutputHead, num_experts: int) -> Tensor:
+    logits = base_logits(output.scaled(hidden), output.weight, output.bias)
+    return logits[:, None].expand(-1, num_experts, -1)

@@ -1,8 +1,7 @@
 """K experts that share one frozen base model and differ in their output heads; the reference is the base itself.
 
-The trunk runs once for all experts and the reference. `branch_depth` = 0 of the dial in docs/architecture.md; experts
-that leave the trunk earlier (LoRA branches) and experts that are whole models are further implementations of
-`interface.AbstractExperts` beside this one, chosen in `build.py`.
+The trunk runs once for all experts and the reference. `branch_depth` = 0 of the dial in docs/architecture.md. Experts
+that leave the trunk earlier, or whose trunk trains, are `branches.BranchedExperts`; `build.py` chooses.
 
 Legend: N texts, L padded length, T completion tokens, K experts, D hidden, V vocabulary.
 """
@@ -18,12 +17,12 @@ from transformers import PreTrainedModel
 
 from prefmix.experts.head_decoder import HeadDecoder
 from prefmix.experts.heads import HEADS
-from prefmix.experts.interface import AbstractExperts, ExpertLogProbs, PackedStates, PaddedTexts
+from prefmix.experts.interface import AbstractSharedBaseExperts, ExpertLogProbs, PackedStates, PaddedTexts
 from prefmix.experts.output_head import OutputHead, find_output_head
 from prefmix.experts.trunk import freeze, pack_completions, trunk_states
 
 
-class SharedBaseExperts(AbstractExperts):
+class SharedBaseExperts(AbstractSharedBaseExperts):
     """K output heads on one frozen trunk.
 
         log pi_k(y | x) = sum_t log softmax(head_k(h_t))[y_t],    log pi_ref(y | x) = the same with the base's head
@@ -55,8 +54,8 @@ class SharedBaseExperts(AbstractExperts):
             ValueError: an unknown head, K or r below 1, or a base whose logits are not its output head's.
         """
         super().__init__()
-        if head not in HEADS:
-            raise ValueError(f"head={head!r}: choose one of {', '.join(HEADS)}")
+        if head not in HEADS or head == "none":
+            raise ValueError(f"head={head!r}: choose one of hidden, logit, full; experts on a frozen trunk need a head")
         if num_experts < 1 or rank < 1:
             raise ValueError(f"num_experts={num_experts}, expert_rank={rank}: both must be at least 1")
         output = find_output_head(base_model)

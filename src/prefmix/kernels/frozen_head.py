@@ -125,7 +125,7 @@ def _softmax(
 def _decayed_sum(
     expected: Float[Tensor, "C D"], decay: Float[Tensor, "C"], tile: Float[Tensor, "C S"], rows: Float[Tensor, "S D"]
 ) -> Float[Tensor, "C D"]:
-    """decay expected + tile W, the product in the type of W."""
+    """The old sum times decay, plus tile W; the product in the type of W."""
     expected = expected.mul_(decay[:, None])
     if rows.dtype == tile.dtype:
         return expected.addmm_(tile, rows)

@@ -1,0 +1,250 @@
+"""K experts that leave one shared trunk n blocks below its end: LoRA branches, and a head each if wanted.
+
+The dial `branch_depth` of docs/architecture.md for n >= 1 or all blocks (-1), and for n = 0 where the trunk trains.
+
+Legend: N texts, L padded length, T completion tokens, K experts, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prefmix.experts.blocks import BranchPoint, TopBlocks, find_blocks, linear_layers
+from prefmix.experts.branch_decoder import BranchDecoder, ExpertReader
+from prefmix.experts.head_decoder import HeadDecoder
+from prefmix.experts.heads import HEADS, NONE
+from prefmix.experts.interface import (
+    AbstractExpertDecoder,
+    AbstractSharedBaseExperts,
+    ExpertLogProbs,
+    PackedStates,
+    PaddedTexts,
+)
+from prefmix.experts.lora import LoraBank
+from prefmix.experts.output_head import OutputHead, find_output_head
+from prefmix.experts.trained_trunk import TRUNKS
+from prefmix.experts.trunk import freeze, pack_completions, run_trunk, trunk_states
+
+ALL_BLOCKS = -1
+
+
+class BranchedExperts(AbstractSharedBaseExperts):
+    """K experts, each with its own LoRA on every linear layer of the last n blocks.
+
+        h^k = norm(blocks_k(g)),   g = trunk(x, y),   log pi_k(y | x) = sum_t log softmax(head_k(h^k_t))[y_t]
+
+    The trunk below the branch runs once for all experts. Where it is frozen, the same pass goes on through the base's
+    own blocks and gives the reference; a trained trunk needs a second pass for it, without gradient. At the start
+    every B is zero, so every log-ratio and margin is exactly 0.
+
+    Attributes:
+        base_model: the frozen base, the reference; a trained trunk is a LoRA on it or a copy of it.
+        trunk: what the experts share below the branch point (`trained_trunk`).
+        branches: the experts' LoRA, or None where n = 0.
+        head: their output heads.
+    """
+
+    def __init__(
+        self,
+        base_model: PreTrainedModel,
+        num_experts: int,
+        branch_depth: int,
+        head: str = "none",
+        rank: int = 16,
+        lora_alpha: float | None = None,
+        trunk: str = "frozen",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Freezes `base_model` in place and puts K untrained branches on it.
+
+        Args:
+            base_model: a causal language model.
+            num_experts: K, at least 1.
+            branch_depth: n, the number of blocks that each expert has for itself; -1: all (any architecture), 0: none.
+            head: "none" (the base's), or "hidden", "logit"; "full" where n = 0.
+            rank: r of every LoRA and of a low-rank head.
+            lora_alpha: numerator of LoRA's scale alpha / r; by default 2 r.
+            trunk: "frozen", "lora" or "full": what trains below the branch point.
+            generator: CPU generator of the random parts; by default seeded with 0.
+
+        Raises:
+            ValueError: choices that do not go together, or an architecture that cannot be branched there.
+        """
+        super().__init__()
+        _check_choices(num_experts, branch_depth, head, rank, trunk)
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        alpha = float(2 * rank if lora_alpha is None else lora_alpha)
+        self.num_experts, self.branch_depth, self.rank, self.lora_alpha = num_experts, branch_depth, rank, alpha
+        self.head_kind, self.trunk_kind = head, trunk
+        self.base_model = freeze(base_model)
+        self.trunk = TRUNKS[trunk](base_model, branch_depth, rank, alpha, generator)
+        model = self.trunk.model
+        self._top = TopBlocks(model, branch_depth) if branch_depth > 0 else None
+        self.branches: LoraBank | None = None
+        if branch_depth:
+            parts = [model.get_decoder()] if self._top is None else self._top.blocks
+            self.branches = LoraBank(linear_layers(model, parts), num_experts, rank, alpha, generator)
+        self.head = HEADS[head](self.output_head, num_experts, rank, generator)
+
+    @property
+    def output_head(self) -> OutputHead:
+        """The base's frozen output head; read anew each time, since `.to(device)` replaces its tensors."""
+        return find_output_head(self.base_model)
+
+    def train(self, mode: bool = True) -> BranchedExperts:
+        """Dropout of the model itself stays off: it would make reference and experts differ by chance."""
+        super().train(mode)
+        self.base_model.eval()
+        self.trunk.model.eval()
+        return self
+
+    def forward(self, texts: PackedStates | PaddedTexts) -> ExpertLogProbs:
+        """Log-probabilities of every text under every expert and the reference, float32, in nats.
+
+        Args:
+            texts: right-padded token ids; packed final states say nothing about the blocks below.
+        """
+        assert isinstance(texts, PaddedTexts), "experts with branches or a trained trunk read token ids"
+        point = self._branch_point(texts)
+        with torch.no_grad():
+            reference = self.head.log_probs(self._reference_states(texts, point), self.output_head, NONE)
+        log_probs = self._shared_log_probs(texts) if self.branches is None else self._branch_log_probs(texts, point)
+        return ExpertLogProbs(log_probs, reference.base_log_probs[:, None].expand(-1, self.num_experts))
+
+    def _branch_point(self, texts: PaddedTexts) -> BranchPoint | None:
+        """One pass of the trunk; None where no block stands above a trunk (n = 0 and n = all)."""
+        if self._top is None:
+            return None
+        if self.trunk.trains:
+            with self.trunk.applied():
+                return self._top.run_trunk(texts.input_ids, texts.attention_mask, through=False, use_cache=False)
+        with torch.no_grad():
+            return self._top.run_trunk(texts.input_ids, texts.attention_mask, through=True, use_cache=False)
+
+    def _reference_states(self, texts: PaddedTexts, point: BranchPoint | None) -> PackedStates:
+        if point is None or self._top is None or self.trunk.trains:
+            return pack_completions(trunk_states(self.base_model, texts.input_ids, texts.attention_mask), texts)
+        return self._packed(self._top, point.output, texts)
+
+    def _shared_log_probs(self, texts: PaddedTexts) -> Float[Tensor, "N K"]:
+        """Where n = 0: all experts read the states of the trained trunk."""
+        with self.trunk.applied():
+            output = run_trunk(self.trunk.model, texts.input_ids, texts.attention_mask, use_cache=False)
+        states = pack_completions(output.last_hidden_state, texts)
+        return self.head.log_probs(states, self.output_head).log_probs
+
+    def _branch_log_probs(self, texts: PaddedTexts, point: BranchPoint | None) -> Float[Tensor, "N K"]:
+        columns = []
+        for k, states in enumerate(self._branch_states(texts, point)):
+            columns.append(self.head.log_probs(states, self.output_head, slice(k, k + 1)).log_probs[:, 0])
+        return torch.stack(columns, dim=1)
+
+    def _branch_states(self, texts: PaddedTexts, point: BranchPoint | None) -> Iterator[PackedStates]:
+        """The packed states of one expert after another."""
+        assert self.branches is not None
+        for matrices in self.branches.unbind():
+            with self.branches.applied(matrices):
+                if point is not None and self._top is not None:
+                    states = self._packed(self._top, self._top.replay(point), texts)
+                else:
+                    output = run_trunk(self.base_model, texts.input_ids, texts.attention_mask, use_cache=False)
+                    states = pack_completions(output.last_hidden_state, texts)
+            yield states
+
+    @staticmethod
+    def _packed(top: TopBlocks, hidden: Float[Tensor, "N L D"], texts: PaddedTexts) -> PackedStates:
+        """Only completion positions go through the norm."""
+        states = pack_completions(hidden, texts)
+        return states._replace(hidden=top.norm(states.hidden))
+
+    def decoder(
+        self, input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"], experts: list[int] | None = None
+    ) -> AbstractExpertDecoder:
+        """Starts decoding after left-padded prompts: one trunk pass, and a KV cache for each expert's own blocks."""
+        chosen = list(range(self.num_experts)) if experts is None else list(experts)
+        assert all(0 <= k < self.num_experts for k in chosen), chosen
+        output = self.output_head
+        with torch.no_grad():
+            if self.branches is None:
+                function = self.head.logit_function(output, chosen)
+                return HeadDecoder(self.trunk.model, function, input_ids, attention_mask, self.trunk.applied)
+            matrices = self.branches.unbind()
+            readers = [ExpertReader(matrices[k], self.head.logit_function(output, [k])) for k in chosen]
+        return BranchDecoder(self.trunk, self._top, self.branches, readers, input_ids, attention_mask)
+
+    def expert_state(self, expert: int) -> dict[str, Tensor]:
+        """LoRA matrices under PEFT's names, and the parameters of the expert's head as `head.<name>`."""
+        state = {} if self.branches is None else self.branches.state(expert)
+        return state | {f"head.{name}": p[expert].detach().clone() for name, p in self.head.named_parameters()}
+
+    @torch.no_grad()
+    def load_expert_state(self, expert: int, state: dict[str, Tensor]) -> None:
+        """Takes what `expert_state` gave.
+
+        Raises:
+            ValueError: other names or shapes, so the state belongs to another depth, rank, head or base.
+        """
+        expected = {name: tuple(value.shape) for name, value in self.expert_state(expert).items()}
+        found = {name: tuple(value.shape) for name, value in state.items()}
+        if found != expected:
+            differing = sorted(set(found.items()) ^ set(expected.items()))
+            raise ValueError(
+                f"expert {expert}: {len(differing)} tensors differ in name or shape, the first is {differing[0]}; use "
+                "the branch_depth, head, expert_rank and base model that the expert was trained with"
+            )
+        if self.branches is not None:
+            self.branches.load_state(expert, state)
+        for name, parameter in self.head.named_parameters():
+            parameter[expert].copy_(state[f"head.{name}"])
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """The trained trunk: LoRA matrices under PEFT's names, or parameters under the model's."""
+        return self.trunk.state()
+
+    def load_shared_state(self, state: dict[str, Tensor]) -> None:
+        """Takes what `shared_state` gave."""
+        self.trunk.load_state(state)
+
+    def branch_layers(self) -> list[int]:
+        """Indices of the blocks that carry LoRA, the experts' or the trunk's."""
+        count = len(find_blocks(self.base_model))
+        lowest = 0 if self.trunk_kind == "lora" or self.branch_depth == ALL_BLOCKS else count - self.branch_depth
+        return list(range(lowest, count))
+
+    def describe(self) -> dict[str, Any]:
+        """JSON description for `build.build_experts`."""
+        return {
+            "kind": "branched",
+            "branch_depth": self.branch_depth,
+            "num_experts": self.num_experts,
+            "head": self.head_kind,
+            "rank": self.rank,
+            "lora_alpha": self.lora_alpha,
+            "trunk": self.trunk_kind,
+        }
+
+
+def _check_choices(num_experts: int, branch_depth: int, head: str, rank: int, trunk: str) -> None:
+    """The rules of `training/options.py`, for experts that are built without a configuration."""
+    if head not in HEADS:
+        raise ValueError(f"head={head!r}: choose one of {', '.join(HEADS)}")
+    if trunk not in TRUNKS:
+        raise ValueError(f"trunk={trunk!r}: choose one of {', '.join(TRUNKS)}")
+    if num_experts < 1 or rank < 1:
+        raise ValueError(f"num_experts={num_experts}, expert_rank={rank}: both must be at least 1")
+    if branch_depth < ALL_BLOCKS:
+        raise ValueError(f"branch_depth={branch_depth}: use -1 (all blocks), 0 (heads only) or a number of blocks")
+    if branch_depth == 0 and head == "none":
+        raise ValueError("head='none' with branch_depth=0: nothing would tell experts apart; choose a head or a depth")
+    if branch_depth != 0 and head == "full":
+        raise ValueError("head='full' with branches: K whole heads beside LoRA; use head='none', 'hidden' or 'logit'")
+    if branch_depth == ALL_BLOCKS and trunk != "frozen":
+        raise ValueError(
+            f"trunk={trunk!r} with branch_depth=-1: no block is left below the experts; use trunk='frozen'"
+        )
