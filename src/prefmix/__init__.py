@@ -12,18 +12,35 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prefmix.evaluation.evaluator import evaluate
     from prefmix.policy.mixture_policy import MixturePolicy
+    from prefmix.policy.modular import CopyOf, add_expert, remove_expert, replace_expert, soup
     from prefmix.training.config import MixtureConfig
     from prefmix.training.trainer import MixtureTrainer
 
 __version__ = "0.1.0"
 
-__all__ = ["MixtureConfig", "MixturePolicy", "MixtureTrainer", "__version__", "evaluate"]
+__all__ = [
+    "CopyOf",
+    "MixtureConfig",
+    "MixturePolicy",
+    "MixtureTrainer",
+    "__version__",
+    "add_expert",
+    "evaluate",
+    "remove_expert",
+    "replace_expert",
+    "soup",
+]
 
 _HOME = {
+    "CopyOf": "prefmix.policy.modular",
     "MixtureConfig": "prefmix.training.config",
     "MixturePolicy": "prefmix.policy.mixture_policy",
     "MixtureTrainer": "prefmix.training.trainer",
+    "add_expert": "prefmix.policy.modular",
     "evaluate": "prefmix.evaluation.evaluator",
+    "remove_expert": "prefmix.policy.modular",
+    "replace_expert": "prefmix.policy.modular",
+    "soup": "prefmix.policy.modular",
 }
 
 

@@ -169,6 +169,10 @@ class MixturePolicy:
         metadata = table.metadata[0] if len(table) else None
         return user_weights.posterior(None, [user], [metadata])[0].exp()
 
+    def forget(self, user: str) -> None:
+        """Takes back what `adapt` and training learned of a user's weights; `save_pretrained` makes it last."""
+        self._user_weights().forget(user)
+
     @torch.no_grad()
     def table_gate_log_weights(self, table: ComparisonTable) -> Float[Tensor, "B K"]:
         """[B, K] log w of a table's comparisons, every user taken as unknown; float64."""

@@ -108,6 +108,16 @@ class UserWeights(NamedTuple):
             self._learn_offsets(row, self._gate(prompts, [-1] * len(prompts), metadata), log_lik, weight)
         self.users.count[row] += weight.sum()
 
+    @torch.no_grad()
+    def forget(self, user: str) -> None:
+        """Takes back everything that is known of a user; the name stays known, with the population's weights."""
+        row = self.users.index(user)
+        if row < 0:
+            return
+        self.users.log_lik[row], self.users.count[row] = 0.0, 0.0
+        if self.has_user_term and row < len(self.model.gate.user):
+            self.model.gate.user[row] = 0.0
+
     def _learn_offsets(
         self,
         row: int,
