@@ -1,7 +1,9 @@
 """A PEFT LoRA adapter as the state of one of our experts.
 
 An adapter may come from anywhere. Its updates are taken over exactly: what an expert of this kind cannot hold is
-refused, and what the adapter does not touch starts as the base. Legend: r rank, I inputs, O outputs, D hidden, V vocabulary.
+refused, and what the adapter does not touch starts as the base.
+
+Legend: r rank, I inputs, O outputs, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from prefmix.experts.low_rank_states import pairs
 
 _PREFIX = "base_model.model."
 # What LoRA can have beside its two matrices, none of which an expert here has.
-_REFUSED = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "use_rslora_per_module")
-# A update of a hidden-space head must be W U: this much of it may lie outside of W's columns (rounding).
+_REFUSED = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
+# An update of a hidden-space head must be W U: this much of it may lie outside of W's columns (rounding).
 _RESIDUAL = 1e-3
 
 
@@ -56,8 +58,8 @@ def read_adapter(folder: str | Path) -> dict[str, Update]:
         tensors = load_file(str(folder / "adapter_model.safetensors"))
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
-            f"adapter {folder}: {type(error).__name__} while reading it; give a folder that PEFT's save_pretrained wrote "
-            "(adapter_config.json, adapter_model.safetensors)"
+            f"adapter {folder}: {type(error).__name__} while reading it; give a folder that PEFT's "
+            "save_pretrained wrote (adapter_config.json, adapter_model.safetensors)"
         ) from error
     scale = _scale(folder, config)
     updates = {}
@@ -85,7 +87,7 @@ def adapter_state(experts: AbstractExperts, folder: str | Path) -> dict[str, Ten
     """
     template, updates = experts.expert_state(0), read_adapter(folder)
     scale = experts.describe().get("lora_alpha", 1.0) / experts.describe().get("rank", 1.0)
-    state = {}
+    state: dict[str, Tensor] = {}
     for down, up in pairs(template).items():
         if down.endswith(".lora_A.weight"):
             update = updates.pop(down.removesuffix(".lora_A.weight"), None)

@@ -1,7 +1,7 @@
 """States of experts as sets of low-rank pairs: padded to another rank, averaged, perturbed.
 
-An expert's state (`AbstractExperts.expert_state`) holds pairs (down [r, I], up [O, r]) whose product is an update of one
-layer, and plain tensors (a whole head). Legend: K experts, r rank, I inputs, O outputs.
+An expert's state (`AbstractExperts.expert_state`) holds pairs (down [r, I], up [O, r]) whose product is an update of
+one layer, and plain tensors (a whole head). Legend: K experts, r rank, I inputs, O outputs.
 """
 
 from __future__ import annotations

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import cast
 
-import torch
 from transformers import PreTrainedModel
 
 from prefmix.experts.build import build_experts
@@ -68,5 +66,4 @@ def souped(experts: AbstractExperts, weights: Sequence[float]) -> AbstractExpert
 
 def copied_model(experts: IndependentExperts, expert: int) -> PreTrainedModel:
     """A model of its own with expert k's weights."""
-    with torch.no_grad():
-        return cast(PreTrainedModel, copy.deepcopy(experts.expert_models[expert]))
+    return copy.deepcopy(experts.expert_models[expert])

@@ -69,7 +69,7 @@ def add_expert(
     """The policy with one more expert, the last.
 
     The gate gives it `weight` and multiplies every other weight by 1 - weight (`gate_columns.widened` says where
-    exactly). Over a shared base the rank grows to the new expert's, if that is larger; the others compute what they did.
+    exactly). Over a shared base the rank grows to the new expert's, if that is larger; others compute what they did.
 
     Args:
         policy: K experts.
