@@ -30,6 +30,7 @@ VERBS = {
     "generate": "answer one prompt",
     "chat": "talk to a policy, as any of its users",
     "adapt": "weights of a new user from a few comparisons, without training",
+    "export": "write an expert as an adapter or a model, or the mixture for a multi-LoRA server",
     "env": "print versions and devices",
 }
 EXAMPLES = """examples:

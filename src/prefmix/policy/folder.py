@@ -50,6 +50,20 @@ def replacing_folder(target: Path, marker: str) -> Iterator[Path]:
     _swap(staging, target)
 
 
+@contextmanager
+def fresh_folder(target: Path) -> Iterator[Path]:
+    """As `replacing_folder`, for a folder that must not exist yet (an empty one may).
+
+    Raises:
+        ValueError: `target` is a file or holds anything.
+    """
+    target = Path(os.path.abspath(target))
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target}: exists already; choose another folder (nothing is overwritten)")
+    with replacing_folder(target, marker=MANIFEST) as staging:
+        yield staging
+
+
 def find_policy(path: str | Path) -> Path:
     """The folder to read for the policy that `path` means: its home, or what a killed save left beside it.
 

@@ -1,0 +1,67 @@
+"""`prefmix export POLICY --format peft|merged|servers --output DIR [--expert K]`: experts for other programs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from prefmix.cli.loading import add_policy, load_policy
+from prefmix.cli.output import note, stdout_is_for_results
+
+NEXT = {
+    "peft": 'PeftModel.from_pretrained(base, "{0}")',
+    "merged": 'AutoModelForCausalLM.from_pretrained("{0}")',
+    "servers": "{0}/README.md says which servers load it and how to sample the mixture",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    add_policy(parser)
+    parser.add_argument(
+        "--format",
+        choices=tuple(NEXT),
+        required=True,
+        help="peft: one expert as a LoRA adapter; merged: one expert as a whole model; servers: all experts as "
+        "adapters, with names, weights and a guide, for a multi-LoRA server",
+    )
+    parser.add_argument("--output", required=True, help="a folder that does not exist yet")
+    parser.add_argument("--expert", type=int, help="which expert, counted from 0 (peft, merged)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="merged: type of the weights")
+    parser.add_argument("--users", action="store_true", help="servers: also every known user's weights (personal data)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Checks what is cheap, then writes the folder."""
+    _check(args)
+    with stdout_is_for_results():
+        policy = load_policy(args)
+        if args.format == "servers":
+            from prefmix.policy.server_export import export_servers
+
+            export_servers(policy, args.output, users=args.users)
+        elif args.format == "peft":
+            from prefmix.policy.export import export_adapter
+
+            export_adapter(policy, args.expert, args.output)
+        else:
+            import torch
+
+            from prefmix.policy.export import export_merged
+
+            dtype = getattr(torch, args.dtype) if args.dtype else None
+            export_merged(policy, args.expert, args.output, dtype=dtype)
+    print(args.output)
+    note(NEXT[args.format].format(args.output))
+
+
+def _check(args: argparse.Namespace) -> None:
+    if (args.expert is None) is (args.format != "servers"):
+        remedy = "name one with --expert 0" if args.expert is None else "leave --expert out"
+        raise ValueError(f"--format {args.format} with --expert {args.expert}: {remedy}")
+    for name, fitting in (("dtype", "merged"), ("users", "servers")):
+        if getattr(args, name) and args.format != fitting:
+            raise ValueError(f"--{name}: only --format {fitting} reads it")
+    output = Path(args.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output {args.output}: exists already; choose another folder (nothing is overwritten)")

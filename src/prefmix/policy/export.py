@@ -1,0 +1,126 @@
+"""One expert of a policy for the world outside: as a PEFT adapter, or merged into a whole model.
+
+Nothing is overwritten: an export goes to a folder that does not exist yet, and appears there complete or not at all.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from prefmix.experts.branches import BranchedExperts
+from prefmix.experts.independent import IndependentExperts
+from prefmix.experts.interface import AbstractExperts
+from prefmix.policy.adapters import write_adapter
+from prefmix.policy.expert_files import can_be_found_again
+from prefmix.policy.folder import fresh_folder
+from prefmix.policy.mixture_policy import MixturePolicy
+
+
+def export_adapter(policy: MixturePolicy, expert: int, folder: str | Path) -> None:
+    """Writes expert k as a PEFT LoRA adapter with the tokenizer: `PeftModel.from_pretrained(base, folder)` is expert k.
+
+    Args:
+        policy: the policy.
+        expert: k.
+        folder: a folder that does not exist yet.
+
+    Raises:
+        ValueError: no such expert, one that is no low-rank update of the base, or the folder exists.
+    """
+    check_expert(policy, expert)
+    with fresh_folder(Path(folder)) as place:
+        put_adapter(policy, expert, place, _base_name(policy))
+        policy.tokenizer.save_pretrained(str(place))
+
+
+def export_merged(policy: MixturePolicy, expert: int, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Writes expert k as a whole model of its own with the tokenizer, which every server can load.
+
+    A head that is tied to the input embeddings is untied first where the expert changes it: the embeddings must stay.
+
+    Args:
+        policy: the policy.
+        expert: k.
+        folder: a folder that does not exist yet.
+        dtype: type of the written weights; None: the base's. Weights are merged in float32.
+
+    Raises:
+        ValueError: no such expert, or the folder exists.
+    """
+    check_expert(policy, expert)
+    with fresh_folder(Path(folder)) as place:
+        merged_model(policy.model.experts, expert, dtype).save_pretrained(str(place))
+        policy.tokenizer.save_pretrained(str(place))
+
+
+def merged_model(experts: AbstractExperts, expert: int, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Expert k as a whole model on the CPU; W (I + U V) is its output head for `head="hidden"`."""
+    if isinstance(experts, IndependentExperts):
+        model = copy.deepcopy(experts.expert_models[expert])
+    else:
+        model = _merged_with_base(experts, expert)
+    return cast(PreTrainedModel, cast(Any, model).to("cpu", dtype or experts.base_model.dtype).eval())
+
+
+def put_adapter(policy: MixturePolicy, expert: int, place: Path, base_name: str) -> None:
+    """Writes the adapter of expert k into an existing folder.
+
+    Raises:
+        ValueError: the expert is no low-rank update of the base.
+    """
+    if not write_adapter(policy.model.experts, expert, place, base_name):
+        kind = policy.model.experts.describe()
+        raise ValueError(
+            f"expert {expert} (kind {kind['kind']}, head {kind.get('head')}) is not a low-rank update of the base, so "
+            "there is no adapter of it; use --format merged"
+        )
+
+
+def check_expert(policy: MixturePolicy, expert: int) -> None:
+    """Raises ValueError where the policy has no expert k."""
+    if not 0 <= expert < policy.config.num_experts:
+        raise ValueError(f"expert={expert}: this policy has experts 0 to {policy.config.num_experts - 1}")
+
+
+def _merged_with_base(experts: AbstractExperts, expert: int) -> PreTrainedModel:
+    start = experts.base_model
+    if isinstance(experts, BranchedExperts) and experts.trunk_kind == "full":
+        start = experts.trunk.model
+    model = cast(Any, copy.deepcopy(start)).cpu().float()
+    model.requires_grad_(False)
+    state = experts.expert_state(expert)
+    if "weight" in state:
+        untie(model)
+        model.get_output_embeddings().weight.data.copy_(state["weight"])
+        return cast(PreTrainedModel, model)
+    from peft import PeftModel
+
+    with tempfile.TemporaryDirectory() as folder:
+        assert write_adapter(experts, expert, Path(folder), ""), "what has no whole head is low-rank"
+        untie(model)
+        return cast(PreTrainedModel, PeftModel.from_pretrained(model, folder).merge_and_unload())
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Gives the output head weights of its own, in place, and says so in the config that will be saved."""
+    head: Any = model.get_output_embeddings()
+    if head.weight is not model.get_input_embeddings().weight:
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
+    # transformers keeps the tied names that it found when the model was made, and would leave the head out of the file.
+    cast(Any, model).all_tied_weights_keys = {}
+
+
+def _base_name(policy: MixturePolicy) -> str:
+    """What `adapter_config.json` names as the base; a copy within the policy folder has no name for others."""
+    source = policy.config.base_source
+    return source if can_be_found_again(source) else ""
