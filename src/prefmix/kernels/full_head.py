@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from prefmix.kernels.output_tile import OutputTile
+from prefmix.kernels.sparsity import rows_with_gradient
 from prefmix.kernels.texts import HeadLogProbs, sum_by_text
 from prefmix.kernels.tiles import LN2, Tiles, accumulation_dtype, default_tiles, spans
 
@@ -39,7 +40,7 @@ def full_head_log_probs(
     Args:
         hidden: [T, D] final states at the positions that predict the targets.
         targets: [T] token ids, 0..V-1.
-        segments: [T] the text of each token, 0..N-1, each text at least once.
+        segments: [T] the text of each token, 0..N-1.
         num_texts: N.
         base_weight: [V, D] the frozen head W of the reference.
         weights: [K, V, D] W_k.
@@ -117,13 +118,19 @@ class _FullHead(torch.autograd.Function):
         grad_weights = torch.zeros_like(weights, dtype=dtype) if needs_weights else None
         output = OutputTile.allocate(base_weight, bias, len(states), tiles, dtype)
         for k, head in enumerate(weights):
-            target_grad = grad[:, k, None]
+            rows = rows_with_gradient(grad[:, k, None])
+            if rows is not None and len(rows) == 0:
+                continue  # nothing to learn for this expert
+            chosen = slice(None) if rows is None else rows
+            part, part_targets, target_grad = states[chosen], targets[chosen], grad[chosen, k, None]
+            part_hidden = None if grad_hidden is None else torch.zeros_like(part, dtype=dtype)
             grad_head = None if grad_weights is None else grad_weights[k]
-            _subtract_expectations(output, states, head, lse[k], target_grad, grad_hidden, grad_head, tiles)
+            _subtract_expectations(output, part, head, lse[k, chosen], target_grad, part_hidden, grad_head, tiles)
             if grad_head is not None:
-                grad_head.index_add_(0, targets, states.to(dtype) * target_grad)
-            if grad_hidden is not None:
-                grad_hidden.addcmul_(head[targets].to(dtype), target_grad)
+                grad_head.index_add_(0, part_targets, part.to(dtype) * target_grad)
+            if grad_hidden is not None and part_hidden is not None:
+                part_hidden.addcmul_(head[part_targets].to(dtype), target_grad)
+                grad_hidden[chosen] += part_hidden
         grad_hidden = None if grad_hidden is None else grad_hidden.to(ctx.hidden_dtype)
         grad_weights = None if grad_weights is None else grad_weights.to(weights.dtype)
         return grad_hidden, grad_weights, None, None, None, None

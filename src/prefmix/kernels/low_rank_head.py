@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from prefmix.kernels.output_tile import OutputTile
+from prefmix.kernels.sparsity import at_rows, rows_with_gradient
 from prefmix.kernels.texts import HeadLogProbs, sum_by_text
 from prefmix.kernels.tiles import LN2, LOG2E, Tiles, accumulation_dtype, default_tiles, spans
 
@@ -47,7 +48,7 @@ def head_log_probs(
     Args:
         hidden: [T, D] final states at the positions that predict the targets.
         targets: [T] token ids, 0..V-1.
-        segments: [T] the text of each token, 0..N-1, each text at least once.
+        segments: [T] the text of each token, 0..N-1.
         num_texts: N.
         base_weight: [V, D] frozen output head W.
         down: [K, r, D] A_k. K = 0 computes the reference alone.
@@ -143,13 +144,21 @@ class _LowRankHead(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         *inputs, lse = ctx.saved_tensors
         problem = _Problem(*inputs)
-        grads = _Gradients.zeros(problem, *ctx.needs_input_grad[:3])
-        grad_KT = grad.T.contiguous()
-        _subtract_expectations(grads, grad_KT, problem, lse, ctx.shared_max, ctx.tiles)
-        _add_targets(grads, grad_KT, problem)
-        grad_hidden = None if grads.hidden is None else grads.hidden.to(ctx.hidden_dtype)
+        # Tokens that no expert learns from need no base logits either.
+        read = rows_with_gradient(grad)
+        part, part_lse, part_grad = problem, lse, grad.T.contiguous()
+        if read is not None:
+            part = problem._replace(
+                states=problem.states[read], low=problem.low[:, read], targets=problem.targets[read]
+            )
+            part_lse, part_grad = lse[:, read], part_grad[:, read]
+        grads = _Gradients.zeros(part, *ctx.needs_input_grad[:3])
+        _subtract_expectations(grads, part_grad, part, part_lse, ctx.shared_max, ctx.tiles)
+        _add_targets(grads, part_grad, part)
+        grad_hidden = None if grads.hidden is None else at_rows(grads.hidden, read, len(problem.states), dim=0)
+        grad_low = None if grads.low is None else at_rows(grads.low, read, len(problem.states), dim=1)
         grad_up = None if grads.up is None else grads.up.transpose(1, 2)
-        return grad_hidden, grads.low, grad_up, None, None, None, None
+        return None if grad_hidden is None else grad_hidden.to(ctx.hidden_dtype), grad_low, grad_up, *[None] * 4
 
 
 class _Gradients(NamedTuple):
@@ -231,32 +240,86 @@ def _subtract_expectations(
 ) -> None:
     """The -g p half of every gradient; p is used unnormalised, its scale goes into the small factors."""
     states, low, up, base_weight, bias, _ = problem
-    low_bits = low * LOG2E
     shared_mask = torch.tensor(shared_max, device=low.device, dtype=torch.bool)[:, None]
     # Where an expert shares the base's shift, tiles hold p_k 2^(lse_k - lse_0).
     coefficient = torch.where(shared_mask, grad * torch.exp2(lse[0] - lse[1:]), grad).neg_()
-    low_grad = (low * coefficient[:, :, None]).transpose(1, 2).contiguous()
     output = OutputTile.allocate(base_weight, bias, len(states), tiles, low.dtype)
     for tokens in spans(len(states), tiles.tokens):
+        learners = _learners(tokens, low, coefficient, lse, shared_max)
         for vocab in spans(len(base_weight), tiles.vocab):
             base, work = output.logits(states[tokens], vocab)
             base.sub_(lse[0, tokens, None])
             weighted = torch.zeros_like(base) if grads.hidden is not None else None
-            for k, shared in enumerate(shared_max):
-                torch.addmm(base, low_bits[k, tokens], up[k, vocab].T, out=work)
-                if not shared:
-                    work.sub_((lse[k + 1, tokens] - lse[0, tokens])[:, None])
-                work.exp2_()
+            for learner in learners:
+                probabilities = learner.probabilities(base, work, up[learner.expert, vocab])
                 if grads.low is not None:
-                    grads.low[k, tokens].addmm_(work, up[k, vocab])
+                    learner.low_grad.addmm_(probabilities, up[learner.expert, vocab])
                 if grads.up is not None:
-                    grads.up[k, :, vocab].addmm_(low_grad[k, :, tokens], work)
+                    grads.up[learner.expert, :, vocab].addmm_(learner.weighted_low, probabilities)
                 if weighted is not None:
-                    weighted.addcmul_(work, coefficient[k, tokens, None])
+                    learner.add_weighted(weighted, probabilities)
             if grads.hidden is not None and weighted is not None:
                 grads.hidden[tokens].addmm_(weighted, base_weight[vocab].to(low.dtype))
-    if grads.low is not None:
-        grads.low.mul_(coefficient[:, :, None])
+        if grads.low is not None:
+            for learner in learners:
+                rows = slice(None) if learner.rows is None else learner.rows
+                grads.low[learner.expert, tokens][rows] = learner.low_grad * learner.coefficient[:, None]
+
+
+class _Learner(NamedTuple):
+    """One expert and those tokens of a tile from which it learns; n of them.
+
+    Attributes:
+        expert: k.
+        rows: [n] places in the tile; None: all.
+        low_bits: [n, r] A_k h in bits.
+        shift: [n] lse_k - lse_0 in bits, or None where the expert shares the base's shift.
+        coefficient: [n] what the unnormalised probabilities are to be multiplied with.
+        weighted_low: [r, n] A_k h times coefficient.
+        low_grad: [n, r] sum over tiles of p B_k, without the coefficient.
+    """
+
+    expert: int
+    rows: Tensor | None
+    low_bits: Tensor
+    shift: Tensor | None
+    coefficient: Tensor
+    weighted_low: Tensor
+    low_grad: Tensor
+
+    def probabilities(self, base: Tensor, work: Tensor, up: Tensor) -> Tensor:
+        """[n, S] unnormalised probabilities, in the memory of `work`."""
+        if self.rows is None:
+            tile = torch.addmm(base, self.low_bits, up.T, out=work)
+        else:
+            tile = torch.index_select(base, 0, self.rows, out=work[: len(self.rows)]).addmm_(self.low_bits, up.T)
+        if self.shift is not None:
+            tile.sub_(self.shift[:, None])
+        return tile.exp2_()
+
+    def add_weighted(self, weighted: Tensor, probabilities: Tensor) -> None:
+        """Adds coefficient times probabilities to the tile's rows; `probabilities` may be overwritten."""
+        if self.rows is None:
+            weighted.addcmul_(probabilities, self.coefficient[:, None])
+        else:
+            weighted.index_add_(0, self.rows, probabilities.mul_(self.coefficient[:, None]))
+
+
+def _learners(
+    tokens: slice, low: Float[Tensor, "K T r"], coefficient: Float[Tensor, "K T"], lse: Tensor, shared_max: list[bool]
+) -> list[_Learner]:
+    """The experts that learn from tokens of this tile; one without any costs nothing."""
+    found = []
+    for k, shared in enumerate(shared_max):
+        rows = rows_with_gradient(coefficient[k, tokens, None])
+        if rows is not None and len(rows) == 0:
+            continue
+        chosen = slice(None) if rows is None else rows
+        factor, low_k = coefficient[k, tokens][chosen], low[k, tokens][chosen]
+        shift = None if shared else (lse[k + 1, tokens] - lse[0, tokens])[chosen]
+        weighted_low = (low_k * factor[:, None]).T.contiguous()
+        found.append(_Learner(k, rows, low_k * LOG2E, shift, factor, weighted_low, torch.zeros_like(low_k)))
+    return found
 
 
 def _add_targets(grads: _Gradients, grad: Float[Tensor, "K T"], problem: _Problem) -> None:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from prefmix.kernels.sparsity import at_rows, rows_with_gradient
 from prefmix.kernels.tiles import accumulation_dtype, spans
 
 # Rows of W that are held in float32 at once where W itself is in half precision.
@@ -50,7 +51,9 @@ class _ProjectRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (base_weight,) = ctx.saved_tensors
-        out = grad.new_zeros(len(grad), base_weight.shape[1])
+        learned = rows_with_gradient(grad)
+        part = grad if learned is None else grad[learned]
+        out = grad.new_zeros(len(part), base_weight.shape[1])
         for vocab in spans(len(base_weight), _ROWS):
-            out.addmm_(grad[:, vocab], base_weight[vocab].to(grad.dtype))
-        return out, None
+            out.addmm_(part[:, vocab], base_weight[vocab].to(grad.dtype))
+        return at_rows(out, learned, len(grad), dim=0), None
