@@ -18,8 +18,8 @@ def problem() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Features [B, P], parameters [K, P], responsibilities [B, K] and weights [B], all float64."""
     generator = torch.Generator().manual_seed(0)
     features, theta = torch.randn(B, P, generator=generator), torch.randn(K, P, generator=generator)
-    resp = torch.softmax(2 * torch.randn(B, K, generator=generator), dim=1)
-    return features.double(), theta.double(), resp.double(), torch.tensor([1.0, 0.5, 2.0]).double()
+    resp = torch.softmax(2 * torch.randn(B, K, generator=generator).double(), dim=1)
+    return features.double(), theta.double(), resp, torch.tensor([1.0, 0.5, 2.0]).double()
 
 
 def gradient(coefficient: Tensor) -> Tensor:
