@@ -116,6 +116,16 @@ def test_states_stand_in_for_token_ids_and_prompt_states_and_metadata_follow_the
     assert batch["metadata"].tolist() == [[6.0]]
 
 
+def test_copies_of_a_row_have_no_weight_and_cannot_be_taken_for_it():
+    collator = ComparisonCollator(example_table(), group=np.array([0, 1]), pad_token_id=0, metadata=torch.eye(2))
+    batch = collator([0, ~1, 1])
+    assert batch["row"].tolist() == [0, -2, 1]
+    assert batch["weight"].tolist() == [1.0, 0.0, 0.5]
+    assert batch["weight"].dtype == torch.float32
+    for name in ("chosen", "rejected", "user", "group", "prompt", "metadata"):
+        assert batch[name][1].tolist() == batch[name][2].tolist(), name
+
+
 def test_the_dataset_gives_positions():
     table = example_table()
     assert [ComparisonDataset(table)[i] for i in range(2)] == [0, 1]

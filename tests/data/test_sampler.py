@@ -42,6 +42,16 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert list(PromptGroupedSampler(PROMPT, block_size=8, seed=2)) != list(PromptGroupedSampler(PROMPT, block_size=8))
 
 
+def test_copies_fill_the_last_round_of_batches():
+    plain = list(PromptGroupedSampler(PROMPT, block_size=16, seed=3))
+    sampler = PromptGroupedSampler(PROMPT, block_size=16, seed=3, multiple_of=48)
+    filled = list(sampler)
+    assert len(filled) == len(sampler) == 240
+    assert filled[:200] == plain
+    assert filled[200:] == [~plain[-1]] * 40
+    assert list(PromptGroupedSampler(PROMPT, block_size=16, seed=3, multiple_of=50)) == plain
+
+
 def test_a_block_needs_a_row():
     with pytest.raises(ValueError, match="block_size=0 must be at least 1"):
         PromptGroupedSampler(PROMPT, block_size=0)

@@ -65,6 +65,9 @@ class ComparisonCollator:
                                 [0, 0, 0, 1, 0]])}
     ```
 
+    A position ~i (negative) is a copy of row i that only fills the batch (see `PromptGroupedSampler`): its weight is 0,
+    and `row` stays negative, so that whoever remembers rows can leave it out.
+
     With `states` the last three keys give way to what `states(text_ids)` returns: `hidden` [T, D], `targets` [T] and
     `segments` [T].
 
@@ -99,18 +102,19 @@ class ComparisonCollator:
         self._flat = None if states is not None else _FlatTexts(table)
 
     def __call__(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        row = np.asarray(rows, dtype=np.int64)
+        place = np.asarray(rows, dtype=np.int64)
+        row = np.where(place < 0, ~place, place)
         table = self._table
         pairs = np.concatenate([table.chosen[row], table.rejected[row]])
         text_ids, local = np.unique(pairs, return_inverse=True)
         batch = {
-            "row": row,
+            "row": place,
             "chosen": local[: len(row)],
             "rejected": local[len(row) :],
             "text_ids": text_ids,
             "user": table.user[row],
             "group": self._group[row],
-            "weight": table.weight[row],
+            "weight": np.where(place < 0, 0, table.weight[row]).astype(table.weight.dtype),
             "prompt": self._prompt[row],
         }
         tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in batch.items()}
@@ -122,7 +126,7 @@ class ComparisonCollator:
         if self._prompt_states is not None:
             tensors["prompt_states"] = self._prompt_states[tensors["prompt"]]
         if self._metadata is not None:
-            tensors["metadata"] = self._metadata[tensors["row"]]
+            tensors["metadata"] = self._metadata[torch.from_numpy(row)]
         return tensors
 
 

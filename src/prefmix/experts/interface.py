@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -79,14 +79,28 @@ class AbstractExperts(nn.Module, ABC):
     Attributes:
         num_experts: K.
         base_model: a frozen model: what the gate and the probe read of prompts and texts, and the (shared) reference.
+        keeps_activations: whether a pass with gradient keeps activations of all K experts. A cheap M-step then looks
+            at all of them without gradient and comes back for those that learn (`for_learners`).
     """
 
     num_experts: int
     base_model: PreTrainedModel
+    keeps_activations: bool = False
 
     @abstractmethod
     def forward(self, texts: PackedStates | PaddedTexts) -> ExpertLogProbs:
         """Log-probabilities of every text under every expert and its reference."""
+
+    def for_learners(self, texts: PackedStates | PaddedTexts, learners: Bool[Tensor, "N K"]) -> ExpertLogProbs:
+        """As `forward`, but right, and with a gradient, only where an expert learns from a text.
+
+        Here everything is computed: the heads' backward pass skips what no gradient comes for.
+
+        Args:
+            texts: N texts.
+            learners: [N, K] whether expert k learns from text n.
+        """
+        return self(texts)
 
     @abstractmethod
     def decoder(
@@ -110,7 +124,7 @@ class AbstractExperts(nn.Module, ABC):
         """
         for parameter in self.parameters():
             if parameter.requires_grad and parameter.shape[:1] == (self.num_experts,):
-                parameter.register_hook(functools.partial(_without_rows, rows=list(experts)))
+                parameter.register_hook(functools.partial(without_rows, rows=list(experts)))
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Keeps no activations of what trains, and recomputes them in the backward pass; nothing to do for heads."""
@@ -118,6 +132,10 @@ class AbstractExperts(nn.Module, ABC):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """JSON description from which an equal, untrained instance can be built (kind, head, rank, K)."""
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """Parameters that all experts share (a trained trunk); they get a learning rate of their own."""
+        return []
 
     def shared_state(self) -> dict[str, Tensor]:
         """Trained tensors that all experts share (a trained trunk); empty where only experts train."""
@@ -138,7 +156,8 @@ class AbstractSharedBaseExperts(AbstractExperts):
     base_model: PreTrainedModel
 
 
-def _without_rows(gradient: Tensor, rows: list[int]) -> Tensor:
+def without_rows(gradient: Tensor, rows: list[int]) -> Tensor:
+    """The gradient of stacked parameters, [K, ...], with zeros for the experts `rows`."""
     gradient = gradient.clone()
     gradient[rows] = 0.0
     return gradient

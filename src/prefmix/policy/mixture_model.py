@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from prefmix.experts.interface import AbstractExperts, PackedStates, PaddedTexts
@@ -54,9 +54,13 @@ class MixtureModel(nn.Module):
         completion_mask: Int[Tensor, "N L"] | None = None,
         prompt_states: Float[Tensor, "B D"] | None = None,
         metadata: Float[Tensor, "B M"] | None = None,
+        learners: Bool[Tensor, "N K"] | None = None,
         **_: Tensor,
     ) -> MixtureOutput:
-        """Log-probabilities of the batch's distinct texts and the gate of its comparisons."""
+        """Log-probabilities of the batch's distinct texts and the gate of its comparisons.
+
+        With `learners`, log-probabilities are right and have a gradient only where an expert learns from a text.
+        """
         texts: PackedStates | PaddedTexts
         if hidden is not None:
             assert targets is not None and segments is not None
@@ -64,6 +68,6 @@ class MixtureModel(nn.Module):
         else:
             assert input_ids is not None and attention_mask is not None and completion_mask is not None
             texts = PaddedTexts(input_ids, attention_mask, completion_mask)
-        log_probs = self.experts(texts)
+        log_probs = self.experts(texts) if learners is None else self.experts.for_learners(texts, learners)
         log_weights = self.gate(GateInputs(user=user, prompt_states=prompt_states, metadata=metadata))
         return MixtureOutput(log_probs.log_probs, log_probs.ref_log_probs, log_weights)

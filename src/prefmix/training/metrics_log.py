@@ -5,6 +5,7 @@ Legend: B comparisons, K experts. Figures are means over row weights a_i; those 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -99,10 +100,16 @@ def _entropy(log_probs: Float[Tensor, "B K"]) -> Float[Tensor, "B"]:
     return torch.special.entr(log_probs.exp()).sum(dim=-1)
 
 
-def summarize(sums: Sums) -> dict[str, float]:
-    """Means by name: TRL's names for the mixture as a whole, ours under `mixture/`. One transfer from the device."""
+def summarize(sums: Sums, over_processes: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+    """Means by name: TRL's names for the mixture as a whole, ours under `mixture/`. One transfer from the device.
+
+    Args:
+        sums: of this process.
+        over_processes: adds up a tensor over all processes; null: there is one.
+    """
     sizes = [value.numel() for value in sums]
-    flat = torch.cat([value.detach().double().reshape(-1) for value in sums]).cpu()
+    flat = torch.cat([value.detach().double().reshape(-1) for value in sums])
+    flat = (flat if over_processes is None else over_processes(flat)).cpu()
     weight, elbo, evidence, resp_entropy, gate_entropy, mixed, usage, by_expert = flat.split(sizes)
     total = weight.item()
     names = (
@@ -138,15 +145,22 @@ class Meter:
         """Adds one batch."""
         self._sums = sums if self._sums is None else Sums(*map(torch.add, self._sums, sums))
 
-    def pop(self) -> dict[str, float]:
-        """Means since the last call, and a new start; empty where no batch came."""
+    def pop(self, over_processes: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+        """Means since the last call, and a new start; empty where no batch came.
+
+        Args:
+            over_processes: adds up a tensor over all processes; every process must call at once then.
+        """
         sums, self._sums = self._sums, None
-        return {} if sums is None else summarize(sums)
+        return {} if sums is None else summarize(sums, over_processes)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The sums so far, so that a resumed run logs what the uninterrupted one does."""
-        return {} if self._sums is None else dict(self._sums._asdict())
+    def state_dict(self, over_processes: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, Tensor]:
+        """The sums so far over all processes, so that a resumed run logs what the uninterrupted one does."""
+        if self._sums is None:
+            return {}
+        return {name: over_processes(value) for name, value in self._sums._asdict().items()}
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Takes what `state_dict` gave."""
-        self._sums = Sums(**{name: value.to(device) for name, value in state.items()}) if state else None
+    def load_state_dict(self, state: dict[str, Any], device: torch.device, num_processes: int = 1) -> None:
+        """Takes what `state_dict` gave; each process an equal share, so that their sum is the same again."""
+        shares = {name: value.to(device) / num_processes for name, value in state.items()}
+        self._sums = Sums(**shares) if shares else None

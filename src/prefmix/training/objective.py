@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from prefmix.mixture.bradley_terry import implicit_rewards, margins, preference_log_lik
@@ -53,6 +54,31 @@ def likelihoods(
     margins_BK = margins(rewards_NK, chosen, rejected)
     log_lik_BK = preference_log_lik(margins_BK, label_noise)
     return Likelihoods(rewards_NK[chosen].detach(), rewards_NK[rejected].detach(), margins_BK.detach(), log_lik_BK)
+
+
+class Taught(NamedTuple):
+    """An M-step over B rows.
+
+    Attributes:
+        coefficient: [B, K] how strongly each row teaches each expert; 0: not at all.
+        log_lik: [B, K] log p_ik, with gradient wherever the coefficient is not 0.
+        log_weights: [B, K] log w of the row's gate, with gradient.
+    """
+
+    coefficient: Float[Tensor, "B K"]
+    log_lik: Float[Tensor, "B K"]
+    log_weights: Float[Tensor, "B K"]
+
+
+def learners_of_texts(
+    coefficient: Float[Tensor, "B K"], chosen: Int[Tensor, "B"], rejected: Int[Tensor, "B"], num_texts: int
+) -> Bool[Tensor, "N K"]:
+    """Which experts must be differentiated on which texts: those that learn from a row that has the text."""
+    learners = torch.zeros(num_texts, coefficient.shape[1], dtype=torch.bool, device=coefficient.device)
+    row, expert = (coefficient != 0).nonzero(as_tuple=True)
+    for text in (chosen, rejected):
+        learners[text[row], expert] = True
+    return learners
 
 
 def held(resp: Float[Tensor, "B K"]) -> EStep:
