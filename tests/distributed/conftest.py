@@ -1,0 +1,44 @@
+"""Two real processes over gloo: a launcher, and the runs that one process can repeat."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+HERE = Path(__file__).parent
+SOURCE = HERE.parents[1] / "src"
+
+
+@pytest.fixture(scope="session")
+def runs() -> ModuleType:
+    """runs.py, which the processes run, as a module of this one."""
+    spec = importlib.util.spec_from_file_location("prefmix_distributed_runs", HERE / "runs.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[..., str]:
+    """Runs `torchrun --nproc_per_node 2 ARGUMENTS`, and gives what was printed; fails with it if a process fails."""
+
+    def torchrun(*arguments: str | Path) -> str:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(SOURCE), environment.get("PYTHONPATH", "")])
+        done = subprocess.run(
+            [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+        return done.stdout + done.stderr
+
+    return torchrun
