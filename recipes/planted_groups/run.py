@@ -111,6 +111,7 @@ def _options(args: argparse.Namespace, base: BaseModel) -> dict[str, Any]:
         "expert_rank": args.rank,
         "head": args.head,
         "weight_decay": args.weight_decay,
+        "token_dropout": args.token_dropout,
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": 5,
         "probe_dim": args.probe_dim,
@@ -131,14 +132,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="smollm2", help="base model")
     parser.add_argument("--vocabulary", choices=("seen", "full"), default="seen", help="seen: only the texts' tokens")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the trunk")
-    parser.add_argument("--texts-per-side", type=int, default=930, help="60%% of them for training")
+    parser.add_argument("--texts-per-side", type=int, default=600, help="60%% of them for training")
     parser.add_argument("--num-words", type=int, default=30, help="reviews are cut to so many words")
     parser.add_argument("--num-users", type=int, help="instead of the setting's")
     parser.add_argument("--comparisons", type=int, help="training comparisons of a user, instead of the setting's")
     parser.add_argument("--arms", nargs="+", help="train these models only")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--epochs", type=int, default=6, help="the best one on validation texts is kept")
-    parser.add_argument("--batch-size", type=int, default=64, help="comparisons a step")
+    parser.add_argument("--token-dropout", type=float, default=0.5, help="share of tokens left out of each step")
+    parser.add_argument("--epochs", type=int, default=10, help="the best one on validation texts is kept")
+    parser.add_argument("--batch-size", type=int, default=32, help="comparisons a step")
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--head", choices=("hidden", "logit"), default="hidden")

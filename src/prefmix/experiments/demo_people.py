@@ -28,32 +28,25 @@ class PeopleSettings:
     """Size of the first part.
 
     Attributes:
-        debates: beginnings of the debates' titles.
+        debates: beginnings of the debates' titles; None for all twelve debates.
         min_judgements: people with fewer decisive judgements of these debates are left out.
         max_length: longest prompt plus argument, tokens; longer arguments are cut.
         num_experts: K of the mixture.
         options: fields of `MixtureConfig` for both models.
     """
 
-    debates: Sequence[str] = (
-        "Firefox",
-        "Human Growth",
-        "INDIA",
-        "Is porn wrong",
-        "Is the school uniform",
-        "Pro-Choice",
-        "TV is better",
-    )
-    min_judgements: int = 20
-    max_length: int = 80
-    num_experts: int = 3
+    debates: Sequence[str] | None = None
+    min_judgements: int = 30
+    max_length: int = 72
+    num_experts: int = 2
     options: Mapping[str, Any] = field(
         default_factory=lambda: {
-            "num_train_epochs": 6,
+            "num_train_epochs": 5,
             "per_device_train_batch_size": 1024,
             "learning_rate": 3e-3,
             "lr_scheduler_type": "cosine",
             "warmup_steps": 5,
+            "token_dropout": 0.5,
             "group_texts": True,
             "probe_restarts": 4,
         }

@@ -38,19 +38,19 @@ class PlantedSettings:
         options: fields of `MixtureConfig`.
     """
 
-    debates: Sequence[str] = ("Is the school uniform", "TV is better")
+    debates: Sequence[str] = ("Which type of endeavor", "William Farquhar")
     num_users: int = 40
     comparisons_per_user: int = 16
     num_new_users: int = 20
-    max_length: int = 110
+    max_length: int = 100
     max_new_tokens: int = 48
     options: Mapping[str, Any] = field(
         default_factory=lambda: {
-            "num_train_epochs": 12,
+            "num_train_epochs": 4,
             "per_device_train_batch_size": 160,
-            "learning_rate": 4e-3,
+            "learning_rate": 3e-3,
             "lr_scheduler_type": "cosine",
-            "warmup_steps": 3,
+            "warmup_steps": 1,
             "probe_dim": 16,
             "probe_restarts": 4,
         }
