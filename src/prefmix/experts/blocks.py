@@ -43,6 +43,15 @@ class BranchPoint(NamedTuple):
     calls: list[Call]
     output: Float[Tensor, "N L D"]
 
+    def select(self, texts: Int[Tensor, "M"]) -> BranchPoint:
+        """The branch point of some of the texts.
+
+        Whatever has N along its first of several axes (masks, rotary tables) is taken to belong to the texts.
+        """
+        select = partial(_of_texts, texts=texts, num_texts=len(self.hidden))
+        calls = [Call(select(call.args), select(call.kwargs)) for call in self.calls]
+        return BranchPoint(self.hidden[texts], calls, self.output[texts])
+
 
 class TopBlocks:
     """The last n blocks of a decoder and its final norm.
@@ -188,6 +197,16 @@ def _modules_after(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> tuple
         for handle in handles:
             handle.remove()
     return tuple(order[order.index(blocks[-1]) + 1 :])
+
+
+def _of_texts(value: Any, texts: Tensor, num_texts: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[texts] if value.dim() > 1 and len(value) == num_texts else value
+    if isinstance(value, tuple | list):
+        return type(value)(_of_texts(item, texts, num_texts) for item in value)
+    if isinstance(value, dict):
+        return {name: _of_texts(item, texts, num_texts) for name, item in value.items()}
+    return value
 
 
 def _replaced(call: Call, old: Any, new: Any) -> Call:

@@ -7,12 +7,13 @@ Legend: N texts, L padded length, T completion tokens, K experts, D hidden, V vo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefmix.experts.blocks import BranchPoint, TopBlocks, find_blocks, linear_layers
@@ -25,8 +26,9 @@ from prefmix.experts.interface import (
     ExpertLogProbs,
     PackedStates,
     PaddedTexts,
+    without_rows,
 )
-from prefmix.experts.lora import LoraBank
+from prefmix.experts.lora import LoraBank, LoraMatrices
 from prefmix.experts.output_head import OutputHead, find_output_head
 from prefmix.experts.trained_trunk import TRUNKS
 from prefmix.experts.trunk import freeze, pack_completions, run_trunk, trunk_states
@@ -46,6 +48,7 @@ class BranchedExperts(AbstractSharedBaseExperts):
     Attributes:
         base_model: the frozen base, the reference; a trained trunk is a LoRA on it or a copy of it.
         trunk: what the experts share below the branch point (`trained_trunk`).
+        keeps_activations: whether experts have blocks of their own.
         branches: the experts' LoRA, or None where n = 0.
         head: their output heads.
     """
@@ -91,6 +94,8 @@ class BranchedExperts(AbstractSharedBaseExperts):
             parts = [model.get_decoder()] if self._top is None else self._top.blocks
             self.branches = LoraBank(linear_layers(model, parts), num_experts, rank, alpha, generator)
         self.head = HEADS[head](self.output_head, num_experts, rank, generator)
+        self.keeps_activations = self.branches is not None
+        self._looked: tuple[Tensor, BranchPoint | None] | None = None
 
     @property
     def output_head(self) -> OutputHead:
@@ -112,10 +117,25 @@ class BranchedExperts(AbstractSharedBaseExperts):
         """
         assert isinstance(texts, PaddedTexts), "experts with branches or a trained trunk read token ids"
         point = self._branch_point(texts)
+        # A cheap M-step looks without gradient and comes back at once for the same texts (`for_learners`).
+        looks = not torch.is_grad_enabled() and self.training and not self.trunk.trains
+        self._looked = (texts.input_ids, point) if looks else None
         with torch.no_grad():
             reference = self.head.log_probs(self._reference_states(texts, point), self.output_head, NONE)
         log_probs = self._shared_log_probs(texts) if self.branches is None else self._branch_log_probs(texts, point)
         return ExpertLogProbs(log_probs, reference.base_log_probs[:, None].expand(-1, self.num_experts))
+
+    def for_learners(self, texts: PackedStates | PaddedTexts, learners: Bool[Tensor, "N K"]) -> ExpertLogProbs:
+        """Every expert's blocks and head read only the texts that it learns from; 0 stands for all others."""
+        assert isinstance(texts, PaddedTexts), "experts with branches or a trained trunk read token ids"
+        looked, self._looked = self._looked, None
+        if self.branches is None:
+            log_probs = self._shared_log_probs(texts)
+        else:
+            known = looked is not None and looked[0] is texts.input_ids
+            point = looked[1] if looked is not None and known else self._branch_point(texts)
+            log_probs = self._branch_log_probs(texts, point, learners)
+        return ExpertLogProbs(log_probs, torch.zeros_like(log_probs))
 
     def _branch_point(self, texts: PaddedTexts) -> BranchPoint | None:
         """One pass of the trunk; None where no block stands above a trunk (n = 0 and n = all)."""
@@ -139,23 +159,36 @@ class BranchedExperts(AbstractSharedBaseExperts):
         states = pack_completions(output.last_hidden_state, texts)
         return self.head.log_probs(states, self.output_head).log_probs
 
-    def _branch_log_probs(self, texts: PaddedTexts, point: BranchPoint | None) -> Float[Tensor, "N K"]:
+    def _branch_log_probs(
+        self, texts: PaddedTexts, point: BranchPoint | None, learners: Bool[Tensor, "N K"] | None = None
+    ) -> Float[Tensor, "N K"]:
+        """All texts under every expert, or those that it learns from and 0 for the others."""
+        assert self.branches is not None
         columns = []
-        for k, states in enumerate(self._branch_states(texts, point)):
-            columns.append(self.head.log_probs(states, self.output_head, slice(k, k + 1)).log_probs[:, 0])
+        for k, matrices in enumerate(self.branches.unbind()):
+            rows = None if learners is None else learners[:, k].nonzero()[:, 0]
+            if rows is None or len(rows) == len(texts.input_ids):
+                columns.append(self._expert_log_probs(k, matrices, texts, point))
+                continue
+            column = torch.zeros(len(texts.input_ids), device=rows.device)
+            if len(rows):
+                part = PaddedTexts(*(field[rows] for field in texts))
+                found = self._expert_log_probs(k, matrices, part, None if point is None else point.select(rows))
+                column = column.to(found.dtype).index_put((rows,), found)
+            columns.append(column)
         return torch.stack(columns, dim=1)
 
-    def _branch_states(self, texts: PaddedTexts, point: BranchPoint | None) -> Iterator[PackedStates]:
-        """The packed states of one expert after another."""
+    def _expert_log_probs(
+        self, expert: int, matrices: list[LoraMatrices], texts: PaddedTexts, point: BranchPoint | None
+    ) -> Float[Tensor, "N"]:
         assert self.branches is not None
-        for matrices in self.branches.unbind():
-            with self.branches.applied(matrices):
-                if point is not None and self._top is not None:
-                    states = self._packed(self._top, self._top.replay(point), texts)
-                else:
-                    output = run_trunk(self.base_model, texts.input_ids, texts.attention_mask, use_cache=False)
-                    states = pack_completions(output.last_hidden_state, texts)
-            yield states
+        with self.branches.applied(matrices):
+            if point is not None and self._top is not None:
+                states = self._packed(self._top, self._top.replay(point), texts)
+            else:
+                output = run_trunk(self.base_model, texts.input_ids, texts.attention_mask, use_cache=False)
+                states = pack_completions(output.last_hidden_state, texts)
+        return self.head.log_probs(states, self.output_head, slice(expert, expert + 1)).log_probs[:, 0]
 
     @staticmethod
     def _packed(top: TopBlocks, hidden: Float[Tensor, "N L D"], texts: PaddedTexts) -> PackedStates:
@@ -202,6 +235,16 @@ class BranchedExperts(AbstractSharedBaseExperts):
             self.branches.load_state(expert, state)
         for name, parameter in self.head.named_parameters():
             parameter[expert].copy_(state[f"head.{name}"])
+
+    def freeze_experts(self, experts: Sequence[int]) -> None:
+        """Cuts the gradient of these experts' branches and heads, for good; a trained trunk trains on."""
+        for module in (self.branches, self.head):
+            for parameter in () if module is None else module.parameters():
+                parameter.register_hook(partial(without_rows, rows=list(experts)))
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """The trained trunk."""
+        return [parameter for parameter in self.trunk.parameters() if parameter.requires_grad]
 
     def shared_state(self) -> dict[str, Tensor]:
         """The trained trunk: LoRA matrices under PEFT's names, or parameters under the model's."""

@@ -99,6 +99,9 @@ class AbstractExperts(nn.Module, ABC):
         Args:
             texts: N texts.
             learners: [N, K] whether expert k learns from text n.
+
+        Returns:
+            As `forward`; nobody reads `ref_log_probs`, which the first look had.
         """
         return self(texts)
 

@@ -59,7 +59,8 @@ class MixtureModel(nn.Module):
     ) -> MixtureOutput:
         """Log-probabilities of the batch's distinct texts and the gate of its comparisons.
 
-        With `learners`, log-probabilities are right and have a gradient only where an expert learns from a text.
+        With `learners`, log-probabilities are right and have a gradient only where an expert learns from a text, and
+        the reference's are not to be read (`AbstractExperts.for_learners`).
         """
         texts: PackedStates | PaddedTexts
         if hidden is not None:
