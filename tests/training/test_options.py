@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from prefmix.training.options import OPTION_NAMES, check_fields, gate_problems, validate_options
+from prefmix.training.options import OPTION_NAMES, check_fields, expert_head, gate_problems, validate_options
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,15 @@ from prefmix.training.options import OPTION_NAMES, check_fields, gate_problems, 
         ({"gate": ["prompt"], "latent": "user"}, "use latent='pair'"),
         ({"gate": ["prompt"], "gate_update": "fixed"}, "only a purely global gate"),
         ({"gate_prior_alpha": 0.5}, "gate_prior_alpha=0.5"),
-        ({"branch_depth": 4}, "arrives with LoRA branches"),
+        ({"branch_depth": -2}, "branch_depth=-2: a number of blocks"),
+        ({"head": "none"}, "head='none' with branch_depth=0"),
+        ({"head": "full", "branch_depth": 2}, "head='full' with branch_depth=2"),
+        ({"trunk": "lora", "branch_depth": -1}, "no block is left below the experts"),
+        ({"trunk": "lora", "cache_states": "disk"}, "use cache_states='auto' or 'off'"),
+        ({"branch_depth": 1, "cache_states": "memory"}, "use cache_states='auto' or 'off'"),
+        ({"trunk": "full", "bf16": True}, "bf16=true with trunk='full'"),
+        ({"lora_alpha": 0.0}, "lora_alpha=0.0"),
+        ({"trunk_learning_rate": -1.0}, "trunk_learning_rate=-1.0"),
         ({"estep_temperature": 0.0, "estep": "annealed"}, "estep_temperature=0.0"),
         ({"estep_temperature": 2.0}, "no effect"),
         ({"max_length": 1}, "max_length=1"),
@@ -46,7 +54,7 @@ def test_a_bad_option_is_refused_with_field_value_and_remedy(options: dict, part
 
 def test_all_problems_come_at_once() -> None:
     with pytest.raises(ValueError) as error:
-        validate_options({"beta": 0.0, "label_noise": 0.9, "branch_depth": 2})
+        validate_options({"beta": 0.0, "label_noise": 0.9, "branch_depth": -2})
     assert len(str(error.value).splitlines()) == 3
 
 
@@ -70,3 +78,21 @@ def test_an_unknown_field_comes_with_the_nearest_known_one() -> None:
 def test_options_do_not_import_torch() -> None:
     code = "import sys, prefmix.training.options; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"branch_depth": -1},
+        {"branch_depth": 4, "head": "hidden", "trunk": "full", "lora_alpha": 8},
+        {"branch_depth": 0, "head": "full", "trunk": "lora", "trunk_learning_rate": 1e-5},
+        {"branch_depth": 2, "cache_states": "off"},
+    ],
+)
+def test_branches_and_trained_trunks_are_accepted(options: dict) -> None:
+    validate_options(options)
+
+
+def test_auto_head_is_hidden_for_heads_and_none_for_branches() -> None:
+    assert [expert_head("auto", depth) for depth in (0, 1, -1)] == ["hidden", "none", "none"]
+    assert expert_head("logit", 2) == "logit"

@@ -22,7 +22,9 @@ _TAIL = """
 
 They fail when the configuration is read, each with a remedy: a gate term `prompt` or `user` with `latent: user` (see
 [theory](theory.md)); a list of betas whose length is not `num_experts`; `gate_update: fixed` with a gate that is not
-purely global; temperatures with `estep: exact`; `branch_depth` above 0 (not there yet); `fp16`.
+purely global; temperatures with `estep: exact`; `head: none` at `branch_depth: 0` and `head: full` at any other;
+a trained `trunk` with `branch_depth: -1`; `cache_states: disk` or `memory` where experts read more than the trunk's
+last states (branches, a trained trunk); `bf16` with `trunk: full`; `fp16`.
 """
 
 

@@ -11,7 +11,19 @@ from prefmix.cli.recipe import Recipe
 from prefmix.data.validation import ValidationReport, validate
 from prefmix.training.options import gate_problems
 
-_SHOWN = ("num_experts", "head", "expert_rank", "beta", "gate", "estep", "learning_rate", "num_train_epochs", "seed")
+_SHOWN = (
+    "num_experts",
+    "branch_depth",
+    "head",
+    "expert_rank",
+    "trunk",
+    "beta",
+    "gate",
+    "estep",
+    "learning_rate",
+    "num_train_epochs",
+    "seed",
+)
 
 
 def make_plan(recipe: Recipe) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def frozen_head_log_probs(
     Args:
         hidden: [T, D] final states at the positions that predict the targets.
         targets: [T] token ids, 0..V-1.
-        segments: [T] the text of each token, 0..N-1, each text at least once.
+        segments: [T] the text of each token, 0..N-1.
         num_texts: N.
         base_weight: [V, D] W, which gets no gradient.
         bias: [V] frozen bias b.

@@ -1,5 +1,7 @@
 """Experts in a policy folder: `expert_k/head.safetensors` over a shared base, or a whole model in `expert_k/`.
 
+A trained trunk, which experts share beside the base, stands in `trunk.safetensors`.
+
 A whole model's folder is what `save_pretrained` writes, tokenizer included, so anyone can load one expert alone. The
 frozen references of whole models are found again where they came from, or copied to `reference_k/`.
 """
@@ -24,6 +26,7 @@ from prefmix.policy.adapters import write_adapter
 from prefmix.policy.config import PolicyConfig
 
 STATE_FILE = "head.safetensors"
+SHARED_FILE = "trunk.safetensors"
 
 
 def write_experts(
@@ -39,6 +42,9 @@ def write_experts(
         else:
             save_tensors(experts.expert_state(expert), place / STATE_FILE)
             write_adapter(experts, expert, place, config.base_source)
+    shared = experts.shared_state()
+    if shared:
+        save_tensors(shared, folder / SHARED_FILE)
     if not isinstance(experts, IndependentExperts):
         return config
     return _write_references(experts, folder, config, tokenizer)
@@ -57,6 +63,8 @@ def read_experts(folder: Path, config: PolicyConfig, base_model: PreTrainedModel
     experts = build_experts(base_model, config.experts)
     for expert in range(config.num_experts):
         experts.load_expert_state(expert, load_tensors(folder / f"expert_{expert}" / STATE_FILE))
+    if experts.shared_state():
+        experts.load_shared_state(load_tensors(folder / SHARED_FILE))
     return experts
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from prefmix.policy.config import PolicyConfig
 from prefmix.policy.user_state import UserState
@@ -79,18 +81,25 @@ def model_card(config: PolicyConfig, users: UserState | None) -> str:
         "versions": ", ".join(f"{name} {_version(name)}" for name in ("prefmix", "torch", "transformers")),
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
     }
-    low_rank = config.experts.get("head") in ("hidden", "logit")
     return TEMPLATE.format(
         base_line=f"base_model: {config.base_source}\n" if is_hub_name else "",
         num_experts=config.num_experts,
         rows="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
         users_line=_users_line(users, gate_terms),
-        adapters_line="Each `expert_k/` is also a PEFT adapter on `lm_head` that can be loaded alone."
-        if low_rank
-        else "",
+        adapters_line=_adapters_line(config.experts),
         provenance=json.dumps(dict(config.provenance), indent=2, ensure_ascii=False),
         citation=CITATION,
     )
+
+
+def _adapters_line(experts: Mapping[str, Any]) -> str:
+    """What of `expert_k/` other software can load (see `adapters`)."""
+    kind, head = experts.get("kind"), experts.get("head")
+    if kind == "shared_base" and head in ("hidden", "logit"):
+        return "Each `expert_k/` is also a PEFT adapter on `lm_head` that can be loaded alone."
+    if kind == "branched" and head != "full" and experts.get("trunk") != "full":
+        return "Each `expert_k/` is also a PEFT adapter that can be loaded alone."
+    return ""
 
 
 def _users_line(users: UserState | None, gate_terms: list[str]) -> str:

@@ -4,6 +4,7 @@ Layout:
     mixture_config.json         `PolicyConfig`
     expert_0/head.safetensors   the tensors of expert 0, the source of truth; also a PEFT adapter where there is one;
                                 a whole model's folder for independent experts
+    trunk.safetensors           what a trained trunk learned, which all experts share
     gate/gate.safetensors       the gate's state; gate/metadata.json the encoder of metadata, if there is one
     users/users.json            user names; users/users.safetensors their evidence (absent without user state)
     base/                       the base model, only where it cannot be found again elsewhere

@@ -25,7 +25,7 @@ class MixtureConfig(MixtureOptions, RunOptions, TrainingArguments):  # type: ign
     def __post_init__(self) -> None:
         validate_options({item.name: getattr(self, item.name) for item in fields(self) if item.init})
         if self.bf16 is None:
-            self.bf16 = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = torch.cuda.is_available() and not self.use_cpu and self.trunk != "full"
         super().__post_init__()
         # The trunk is loaded in bfloat16 and everything after it is float32 by construction, which autocast would undo.
         self.mixed_precision = "no"

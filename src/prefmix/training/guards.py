@@ -98,7 +98,7 @@ class FiniteGuard:
         for kind, flags in (("gradient", gradients), ("weights", weights)):
             for name, flag in flags.items():
                 for expert in (~flag).nonzero().flatten().tolist():
-                    owner = f"expert {expert}" if len(flag) > 1 else "all experts or the gate"
+                    owner = f"expert {expert}" if len(flag) > 1 else "all experts (trunk) or the gate"
                     faults.append(f"{kind} of {owner} ({name}) after {everything}")
         if not gate_ok and not any(fault.startswith("gate") for fault in faults):
             faults.append(f"gate after {everything}")
@@ -116,5 +116,6 @@ class FiniteGuard:
 def _by_expert(model: MixtureModel, name: str, tensor: Tensor) -> Bool[Tensor, "M"]:
     """Whether the values are finite: one flag an expert where the experts stand stacked, else one."""
     num_experts = model.experts.num_experts
-    stacked = name.startswith("experts.") and tensor.dim() > 0 and len(tensor) == num_experts
+    own = name.startswith("experts.") and not name.startswith("experts.trunk.")
+    stacked = own and tensor.dim() > 0 and len(tensor) == num_experts
     return torch.isfinite(tensor).reshape(num_experts if stacked else 1, -1).all(dim=1)

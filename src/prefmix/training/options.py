@@ -14,7 +14,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 Latent = Literal["auto", "pair", "user"]
 GateTerm = Literal["global", "prompt", "user", "metadata"]
-Head = Literal["hidden", "logit", "full"]
+Head = Literal["auto", "hidden", "logit", "full", "none"]
+Trunk = Literal["frozen", "lora", "full"]
 EStepName = Literal["exact", "hard", "annealed", "gumbel"]
 Initialization = Literal["auto", "probe", "random", "kmeans", "labels"]
 
@@ -32,9 +33,24 @@ class MixtureOptions:
 
     # --- model -------------------------------------------------------------------------------------------------------
     num_experts: int = _field(4, "K, the number of experts. 1 is plain DPO.")
-    branch_depth: int = _field(0, "Where experts leave the shared trunk: 0 means that only the output head differs.")
-    head: Head = _field("hidden", "Head of an expert: low-rank in hidden space, low-rank in logit space, or full.")
-    expert_rank: int = _field(16, "Rank r of a low-rank head.")
+    branch_depth: int = _field(
+        0, "n: each expert has its own LoRA in the last n blocks; 0: only output heads differ; -1: LoRA in all blocks."
+    )
+    head: Head = _field(
+        "auto",
+        "Output head of an expert: low-rank in hidden space, low-rank in logit space, full, or none of its own; auto: "
+        "hidden at branch_depth 0, else none (LoRA moves the states already, and servers load no adapter on lm_head).",
+    )
+    expert_rank: int = _field(16, "Rank r of every LoRA and of a low-rank head.")
+    lora_alpha: float | None = _field(
+        None, "LoRA is scaled by lora_alpha / expert_rank; null: twice the rank, as TRL's 32 for 16."
+    )
+    trunk: Trunk = _field(
+        "frozen",
+        "What trains below the experts, for all of them: nothing, one LoRA, or the blocks themselves. The reference "
+        "stays the base model.",
+    )
+    trunk_learning_rate: float | None = _field(None, "Learning rate of a trained trunk; null: learning_rate.")
     # --- likelihood (TRL's names) -------------------------------------------------------------------------------------
     beta: float | list[float] = _field(0.1, "beta_k of the implicit reward; one number, or one for each expert.")
     label_noise: float = _field(
@@ -90,7 +106,8 @@ class RunOptions:
 
     learning_rate: float = _field(
         2e-3,
-        "Step size of the experts. TRL's 1e-6 is for whole models; a low-rank head that starts at zero needs 1e-3.",
+        "Step size of the experts. TRL's 1e-6 is for whole models; a low-rank head that starts at zero needs 1e-3, "
+        "LoRA in blocks (branch_depth) about 2e-4.",
     )
     per_device_train_batch_size: int = _field(8, "Comparisons (not texts) of one forward pass on one device.")
     logging_steps: float = _field(10, "Optimizer steps between two lines of the log (TRL's default).")
@@ -174,6 +191,41 @@ def gate_problems(terms: Iterable[str], latent: str) -> list[str]:
     return problems
 
 
+def expert_head(head: str, branch_depth: int) -> str:
+    """What `head="auto"` stands for."""
+    if head != "auto":
+        return head
+    return "hidden" if branch_depth == 0 else "none"
+
+
+def reads_states(branch_depth: int, trunk: str) -> bool:
+    """Whether cached states of the frozen trunk are all that the experts read."""
+    return branch_depth == 0 and trunk == "frozen"
+
+
+def branch_problems(values: Mapping[str, Any]) -> list[str]:
+    """Why branch depth, head, trunk, cache and precision do not go together, or nothing."""
+    depth, trunk = values["branch_depth"], values["trunk"]
+    head = expert_head(values["head"], depth)
+    problems = []
+    if depth == 0 and head == "none":
+        problems.append("head='none' with branch_depth=0: nothing would tell experts apart; choose a head or a depth")
+    if depth != 0 and head == "full":
+        problems.append(
+            f"head='full' with branch_depth={depth}: use head='none', 'hidden' or 'logit', or branch_depth=0"
+        )
+    if depth == -1 and trunk != "frozen":
+        problems.append(f"trunk={trunk!r} with branch_depth=-1: no block is left below the experts; use trunk='frozen'")
+    if not reads_states(depth, trunk) and values["cache_states"] in ("disk", "memory"):
+        problems.append(
+            f"cache_states={values['cache_states']!r} with branch_depth={depth}, trunk={trunk!r}: the experts read "
+            "more than the trunk's last states; use cache_states='auto' or 'off'"
+        )
+    if trunk == "full" and values.get("bf16"):
+        problems.append("bf16=true with trunk='full': bfloat16 rounds small steps away; use trunk='lora' or bf16=false")
+    return problems
+
+
 def _type_problems(values: Mapping[str, Any]) -> list[str]:
     hints = get_type_hints(RunOptions) | get_type_hints(MixtureOptions)
     return [
@@ -223,7 +275,10 @@ def _range_problems(values: Mapping[str, Any]) -> list[str]:
     betas = values["beta"] if isinstance(values["beta"], list | tuple) else [values["beta"]]
     checks = (
         ("num_experts", values["num_experts"] >= 1, "at least 1; 1 is plain DPO"),
+        ("branch_depth", values["branch_depth"] >= -1, "a number of blocks, 0 (heads only) or -1 (all blocks)"),
         ("expert_rank", values["expert_rank"] >= 1, "at least 1"),
+        ("lora_alpha", values["lora_alpha"] is None or 0 < values["lora_alpha"] < float("inf"), "positive, or null"),
+        ("trunk_learning_rate", values["trunk_learning_rate"] is None or values["trunk_learning_rate"] > 0, "positive"),
         ("beta", all(0 < beta < float("inf") for beta in betas), "every beta is positive and finite, for example 0.1"),
         ("label_noise", 0 <= values["label_noise"] < 0.5, "at least 0 and below 0.5; at 0.5 labels say nothing"),
         ("gate_prior_alpha", 1 <= values["gate_prior_alpha"] < float("inf"), "at least 1; below 1 weights go to zero"),
@@ -252,14 +307,10 @@ def _range_problems(values: Mapping[str, Any]) -> list[str]:
 
 def _combination_problems(values: Mapping[str, Any]) -> list[str]:
     beta, gate, estep = values["beta"], list(values["gate"]), values["estep"]
-    problems = gate_problems(gate, values["latent"])
+    problems = [*gate_problems(gate, values["latent"]), *branch_problems(values)]
     if isinstance(beta, list | tuple) and len(beta) != values["num_experts"]:
         problems.append(
             f"beta={beta!r}: {len(beta)} values for num_experts={values['num_experts']}; give one each, or one"
-        )
-    if values["branch_depth"] != 0:
-        problems.append(
-            f"branch_depth={values['branch_depth']}: arrives with LoRA branches; use branch_depth=0 (heads only)"
         )
     if gate and gate != ["global"] and values["gate_update"] == "fixed":
         problems.append(

@@ -23,7 +23,7 @@ from prefmix.policy.config import PolicyConfig
 from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.policy.user_state import UserState
 from prefmix.training.config import MixtureConfig
-from prefmix.training.setup import tokenizer_of
+from prefmix.training.setup import expert_description, tokenizer_of
 
 if TYPE_CHECKING:
     from prefmix.training.trainer import MixtureTrainer
@@ -90,9 +90,7 @@ def identity(args: MixtureConfig, base: BaseModel, table: ComparisonTable, laten
     return {
         "data_sha256": table_sha256(table),
         "base_sha256": base.sha256,
-        "num_experts": args.num_experts,
-        "head": args.head,
-        "expert_rank": args.expert_rank,
+        **{"expert_rank" if name == "rank" else name: value for name, value in expert_description(args).items()},
         "gate": list(args.gate),
         "gate_update": args.gate_update,
         "latent": latent,

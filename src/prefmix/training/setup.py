@@ -22,12 +22,12 @@ from prefmix.data.readers import read_source
 from prefmix.data.tokenization import tokenize_rows
 from prefmix.data.users import MetadataEncoder
 from prefmix.experts.base_model import BaseModel, load_base
-from prefmix.experts.shared_base import SharedBaseExperts
+from prefmix.experts.build import build_experts
 from prefmix.experts.trunk_cache import TrunkStates, build_trunk_states
 from prefmix.mixture.gates import Gate
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.training.config import MixtureConfig
-from prefmix.training.options import gate_problems
+from prefmix.training.options import expert_head, gate_problems, reads_states
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,8 @@ def comparisons(
     table: ComparisonTable, base: BaseModel, args: MixtureConfig, encoder: MetadataEncoder | None
 ) -> Comparisons:
     """Computes or finds the trunk states of a table, and the gate's features."""
-    states = None if args.cache_states == "off" else trunk_states(table, base, args)
+    cached = args.cache_states != "off" and reads_states(args.branch_depth, args.trunk)
+    states = trunk_states(table, base, args) if cached else None
     prompt_states = None
     if "prompt" in args.gate:
         prompt_states = (states or trunk_states(table, base, args)).prompt_mean
@@ -162,11 +163,9 @@ def trunk_states(table: ComparisonTable, base: BaseModel, args: MixtureConfig) -
 def build_model(
     base: BaseModel, args: MixtureConfig, train: Comparisons, encoder: MetadataEncoder | None
 ) -> MixtureModel:
-    """K untrained experts on the frozen base, and a uniform gate, seeded by `args.seed`."""
+    """K untrained experts on the base, and a uniform gate, seeded by `args.seed`."""
     generator = torch.Generator().manual_seed(args.seed)
-    experts = SharedBaseExperts(
-        base.model, args.num_experts, head=args.head, rank=args.expert_rank, generator=generator
-    )
+    experts = build_experts(base.model, expert_description(args), generator)
     terms = tuple(args.gate)
     gate = Gate(
         args.num_experts,
@@ -181,6 +180,21 @@ def build_model(
     if train.prompt_states is not None:
         gate.fit_prompt_scale(train.prompt_states)
     return MixtureModel(experts, gate)
+
+
+def expert_description(args: MixtureConfig) -> dict[str, Any]:
+    """The experts that a configuration asks for, as `AbstractExperts.describe` would describe them."""
+    description = {
+        "kind": "shared_base",
+        "branch_depth": args.branch_depth,
+        "num_experts": args.num_experts,
+        "head": expert_head(args.head, args.branch_depth),
+        "rank": args.expert_rank,
+    }
+    if reads_states(args.branch_depth, args.trunk):
+        return description
+    alpha = 2.0 * args.expert_rank if args.lora_alpha is None else float(args.lora_alpha)
+    return description | {"kind": "branched", "lora_alpha": alpha, "trunk": args.trunk}
 
 
 def known_users(table: ComparisonTable, num_users: int) -> ComparisonTable:

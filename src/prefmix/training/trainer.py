@@ -79,7 +79,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
             callbacks: further `TrainerCallback`s.
             optimizers: optimizer and scheduler, as in `transformers.Trainer`.
             ref_model: must be None: the frozen base is the reference and comes from the same pass.
-            peft_config: must be None: experts are heads on a frozen trunk.
+            peft_config: must be None: `branch_depth`, `expert_rank` and `lora_alpha` say what an expert is.
 
         Raises:
             ValueError: an argument, a row or a combination that cannot work, with the remedy.
@@ -243,12 +243,17 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Two groups of parameters: experts at `learning_rate`, the gate at `gate_learning_rate`."""
+        """Experts at `learning_rate`, a trained trunk at `trunk_learning_rate`, the gate at `gate_learning_rate`."""
         if self.optimizer is None:
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
-            experts = [p for p in self.mixture.experts.parameters() if p.requires_grad]
+            shared = self.mixture.experts.shared_parameters()
+            known = {id(p) for p in shared}
+            experts = [p for p in self.mixture.experts.parameters() if p.requires_grad and id(p) not in known]
             gate = [p for p in self.mixture.gate.parameters() if p.requires_grad]
             groups = [{"params": experts, "weight_decay": self.args.weight_decay}]
+            if shared:
+                rate = self.args.trunk_learning_rate or self.args.learning_rate
+                groups.append({"params": shared, "weight_decay": self.args.weight_decay, "lr": rate})
             if gate:
                 groups.append({"params": gate, "weight_decay": 0.0, "lr": self.args.gate_learning_rate})
             self.optimizer = optimizer_class(groups, **options)
@@ -295,7 +300,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
 
 _REFUSED = {
     "ref_model": "the frozen base is the reference of every expert, and its log-probabilities come from the same pass",
-    "peft_config": "experts are heads on a frozen trunk; choose them with head= and expert_rank=",
+    "peft_config": "choose experts with branch_depth=, head=, expert_rank= and lora_alpha=",
     "data_collator": "batches come from a table of comparisons with prefmix's own collator",
 }
 
