@@ -206,11 +206,11 @@ def save_points(die_at: int | None) -> Iterator[list[str]]:
         setattr(owner, name, call)
         return owner, name, original
 
-    from prefmix.policy import serialization
+    from prefmix.policy import expert_files
 
     undo = [watched(os, name, False) for name in ("fsync", "rename")]
     undo += [watched(shutil, "rmtree", False), watched(pathlib.Path, "write_text", True)]
-    undo += [watched(owner, "save_file", True) for owner in (safetensors.torch, persistence, serialization)]
+    undo += [watched(owner, "save_file", True) for owner in (safetensors.torch, persistence, expert_files)]
     undo += [watched(torch, "save", True)]
     undo += [
         inside_a_save(persistence.AbstractCheckpointedTrainer, name) for name in ("_save_checkpoint", "save_model")

@@ -178,3 +178,14 @@ def test_capped_logits_are_the_models_own(texts: PaddedTexts) -> None:
     models = [Gemma2ForCausalLM(config).eval(), Gemma2ForCausalLM(config).eval()]
     output = IndependentExperts(models[:1], models[1])(texts)
     assert torch.allclose(output.log_probs[:, 0], _plain(models[0], texts), rtol=1e-5, atol=1e-5)
+
+
+def test_learners_alone_are_computed_and_computed_right(
+    sizes: list[Any], make_tiny_model: Callable[..., Any], texts: PaddedTexts
+) -> None:
+    experts = IndependentExperts(sizes, make_tiny_model(), [_reference(make_tiny_model(1), "a"), None, None])
+    learners = torch.tensor([[True, False, False], [False, False, True], [True, False, False]])
+    some, everything = experts.for_learners(texts, learners), experts(texts)
+    assert torch.allclose(some.log_probs[learners], everything.log_probs[learners], rtol=1e-5, atol=1e-5)
+    some.log_probs.sum().backward()
+    assert [any(p.grad is not None for p in model.parameters()) for model in sizes] == [True, False, True]

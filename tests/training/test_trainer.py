@@ -127,6 +127,18 @@ def test_the_gate_is_the_mean_of_responsibilities(make_trainer: Make, rows: Rows
     assert not torch.allclose(held, learned)
 
 
+def test_a_warm_start_teaches_all_experts_all_rows_before_they_part(make_trainer: Make) -> None:
+    trainer = make_trainer(init="labels", warm_start_epochs=1, init_hold_epochs=1, num_train_epochs=3)
+    seen = []
+    original = trainer._responsibilities
+    trainer._responsibilities = lambda *a: seen.append(original(*a)) or seen[-1]  # type: ignore[method-assign]
+    trainer.train()
+    steps = len(seen) // 3
+    assert all((q.resp == 0.5).all() for q in seen[:steps])
+    assert all(((q.resp == 0) | (q.resp == 1)).all() for q in seen[steps : 2 * steps])
+    assert all(((q.resp > 0) & (q.resp < 1)).all() for q in seen[2 * steps :])
+
+
 def test_first_responsibilities_are_held_and_then_let_go(make_trainer: Make) -> None:
     trainer = make_trainer(init="labels", init_hold_epochs=1, num_train_epochs=2)
     seen = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from prefmix.cli.fields import all_fields
 from prefmix.cli.model_check import check_model
 from prefmix.cli.recipe import Recipe
 from prefmix.data.validation import ValidationReport, validate
-from prefmix.training.options import gate_problems
+from prefmix.training.expert_options import default_learning_rate
+from prefmix.training.options import MixtureOptions, gate_problems
 
 _SHOWN = (
+    "expert_kind",
     "num_experts",
     "branch_depth",
     "head",
@@ -48,6 +51,8 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
     plan["output_dir"] = values["output_dir"]
     plan["latent"] = _latent(values, train)
     plan |= {name: values.get(name, all_fields()[name].default) for name in _SHOWN}
+    if plan["learning_rate"] is None:
+        plan["learning_rate"] = default_learning_rate(asdict(MixtureOptions()) | values)
     return plan
 
 

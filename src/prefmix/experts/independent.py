@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -41,6 +41,8 @@ class IndependentExperts(AbstractExperts):
         devices: K devices, or None where all follow the module (`.to`).
         autocast: type of the products in a forward pass, policy and reference alike; None: the weights' own.
     """
+
+    keeps_activations = True
 
     def __init__(
         self,
@@ -116,6 +118,13 @@ class IndependentExperts(AbstractExperts):
         references = [distinct[index] for index in self._reference_index]
         return ExpertLogProbs(torch.stack(log_probs, dim=1), torch.stack(references, dim=1))
 
+    def for_learners(self, texts: PackedStates | PaddedTexts, learners: Bool[Tensor, "N K"]) -> ExpertLogProbs:
+        """Every model reads only the texts that it learns from; 0 stands for all others and for the references."""
+        assert isinstance(texts, PaddedTexts), "independent experts read token ids (cache_states=off)"
+        log_probs = [self._some_log_probs(model, texts, learners[:, k]) for k, model in enumerate(self.expert_models)]
+        stacked = torch.stack(log_probs, dim=1)
+        return ExpertLogProbs(stacked, torch.zeros_like(stacked))
+
     def decoder(
         self, input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"], experts: list[int] | None = None
     ) -> StackedDecoder:
@@ -165,6 +174,15 @@ class IndependentExperts(AbstractExperts):
         there = PaddedTexts(*(field.to(device) for field in texts))
         with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
             return text_log_probs_of(model, there).to(home)
+
+    def _some_log_probs(
+        self, model: PreTrainedModel, texts: PaddedTexts, chosen: Bool[Tensor, "N"]
+    ) -> Float[Tensor, "N"]:
+        column = torch.zeros(len(chosen), device=chosen.device)
+        if not chosen.any():
+            return column
+        found = self._log_probs(model, PaddedTexts(*(field[chosen] for field in texts)))
+        return column.index_put((chosen.nonzero()[:, 0],), found)
 
     def _place(self, devices: Sequence[torch.device]) -> None:
         cast(nn.Module, self.base_model).to(devices[0])

@@ -105,16 +105,18 @@ def _merged_with_base(experts: AbstractExperts, expert: int) -> PreTrainedModel:
     with tempfile.TemporaryDirectory() as folder:
         assert write_adapter(experts, expert, Path(folder), ""), "what has no whole head is low-rank"
         untie(model)
-        return cast(PreTrainedModel, PeftModel.from_pretrained(model, folder).merge_and_unload())
+        loaded: Any = PeftModel.from_pretrained(model, folder)
+        return cast(PreTrainedModel, loaded.merge_and_unload())
 
 
 def untie(model: PreTrainedModel) -> None:
     """Gives the output head weights of its own, in place, and says so in the config that will be saved."""
     head: Any = model.get_output_embeddings()
-    if head.weight is not model.get_input_embeddings().weight:
+    embeddings: Any = model.get_input_embeddings()
+    if head.weight is not embeddings.weight:
         return
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
+    for config in (model.config, cast(Any, model.config).get_text_config()):
         config.tie_word_embeddings = False
     # transformers keeps the tied names that it found when the model was made, and would leave the head out of the file.
     cast(Any, model).all_tied_weights_keys = {}

@@ -29,7 +29,8 @@ class EMCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """The M-step of the gate, then the guard."""
+        """Frozen experts are put back, then the M-step of the gate, then the guard."""
+        self._trainer.frozen.restore()
         self._trainer.m_step_of_gate()
         self._trainer.guard.check(state.global_step + 1, self._trainer.mixture)
 

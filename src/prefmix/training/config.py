@@ -7,7 +7,9 @@ from dataclasses import dataclass, fields
 import torch
 from transformers import TrainingArguments
 
+from prefmix.training.expert_options import default_learning_rate
 from prefmix.training.options import MixtureOptions, RunOptions, validate_options
+from prefmix.training.processes import needs_cpu
 
 
 @dataclass
@@ -24,16 +26,24 @@ class MixtureConfig(MixtureOptions, RunOptions, TrainingArguments):  # type: ign
 
     def __post_init__(self) -> None:
         validate_options({item.name: getattr(self, item.name) for item in fields(self) if item.init})
+        if self.learning_rate is None:
+            self.learning_rate = default_learning_rate(vars(self))
         if self.bf16 is None:
             self.bf16 = torch.cuda.is_available() and not self.use_cpu and self.trunk != "full"
+        self.use_cpu = self.use_cpu or needs_cpu()
+        if self.ddp_find_unused_parameters is None:  # a whole model that no row of a batch draws gets no gradient
+            self.ddp_find_unused_parameters = self.expert_kind == "independent" and self.m_step != "all"
         super().__post_init__()
         # The trunk is loaded in bfloat16 and everything after it is float32 by construction, which autocast would undo.
         self.mixed_precision = "no"
 
     @property
     def trunk_dtype(self) -> torch.dtype:
-        """Type of the frozen trunk and of its cached states; experts, likelihoods and posteriors are float32."""
-        return torch.bfloat16 if self.bf16 else torch.float32
+        """Type of the frozen trunk and of its cached states; experts, likelihoods and posteriors are float32.
+
+        Whole models are float32, references included, and bf16 is the type of their products (autocast).
+        """
+        return torch.bfloat16 if self.bf16 and self.expert_kind == "shared_base" else torch.float32
 
     @property
     def betas(self) -> list[float]:

@@ -18,10 +18,11 @@ from prefmix.data.users import latent_groups, num_latent_groups
 from prefmix.experts.trunk_cache import TrunkStates
 from prefmix.mixture.features import pool_features
 from prefmix.mixture.initialization import kmeans_resp, label_resp, random_resp
+from prefmix.mixture.posterior import posterior
 from prefmix.mixture.probe import fit_probe
 from prefmix.training.config import MixtureConfig
 
-ResolvedInit = Literal["probe", "random", "kmeans", "labels"]
+ResolvedInit = Literal["probe", "random", "kmeans", "labels", "experts"]
 
 
 class Start(NamedTuple):
@@ -33,6 +34,7 @@ class Start(NamedTuple):
         group: [B] latent group of each row.
         num_groups: G.
         states: gives pooled trunk states; called only by initializers that need them.
+        evidence: gives [G, K] log-likelihoods of every group under the experts as they are; likewise.
     """
 
     args: MixtureConfig
@@ -40,6 +42,7 @@ class Start(NamedTuple):
     group: np.ndarray
     num_groups: int
     states: Callable[[], TrunkStates]
+    evidence: Callable[[], Tensor]
 
     @property
     def generator(self) -> torch.Generator:
@@ -48,9 +51,14 @@ class Start(NamedTuple):
 
 
 def resolve_init(args: MixtureConfig, table: ComparisonTable) -> ResolvedInit:
-    """`auto`: `probe` where some user has two rows, else `kmeans` over prompts, `random` for want of prompts."""
+    """`auto`: `experts` where they come trained, else `probe` where some user has two rows, else `kmeans` or `random`.
+
+    k-means clusters prompts; `random` is for want of prompts.
+    """
     if args.init != "auto":
         return args.init
+    if args.init_experts:
+        return "experts"
     known = table.user[table.user >= 0]
     if len(known) > len(np.unique(known)):
         return "probe"
@@ -124,6 +132,13 @@ def _labels(start: Start) -> Float[Tensor, "G K"]:
     return _of_groups(start, label_resp(labels, start.args.num_experts))
 
 
+def _experts(start: Start) -> Float[Tensor, "G K"]:
+    """Posteriors under the experts themselves, at equal weights."""
+    evidence = start.evidence()
+    uniform = torch.full_like(evidence, 1.0 / evidence.shape[1]).log()
+    return posterior(uniform, evidence).log_resp.exp().cpu()
+
+
 def _of_groups(start: Start, row_resp: Float[Tensor, "B K"]) -> Float[Tensor, "G K"]:
     """Responsibilities of groups from those of their rows, which agree; uniform for groups without rows."""
     resp = torch.full((start.num_groups, row_resp.shape[1]), 1.0 / row_resp.shape[1])
@@ -136,4 +151,5 @@ INITIALIZERS: dict[ResolvedInit, Callable[[Start], Float[Tensor, "G K"]]] = {
     "kmeans": _kmeans,
     "random": _random,
     "labels": _labels,
+    "experts": _experts,
 }

@@ -108,7 +108,7 @@ class FiniteGuard:
         )
 
     def _rows(self, row: Int[Tensor, "M"]) -> str:
-        source = sorted(int(self._source_row[i]) for i in row.tolist())
+        source = sorted({int(self._source_row[max(i, ~i)]) for i in row.tolist()})  # ~i: a copy of row i
         more = f" and {len(source) - SHOWN} more" if len(source) > SHOWN else ""
         return f"rows {source[:SHOWN]}{more} of the input (counted from 0)"
 

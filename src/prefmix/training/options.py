@@ -12,12 +12,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from prefmix.training.expert_options import expert_problems
+
 Latent = Literal["auto", "pair", "user"]
 GateTerm = Literal["global", "prompt", "user", "metadata"]
 Head = Literal["auto", "hidden", "logit", "full", "none"]
 Trunk = Literal["frozen", "lora", "full"]
+MStepName = Literal["all", "sampled", "top"]
 EStepName = Literal["exact", "hard", "annealed", "gumbel"]
-Initialization = Literal["auto", "probe", "random", "kmeans", "labels"]
+Initialization = Literal["auto", "probe", "random", "kmeans", "labels", "experts"]
 
 
 def _field(default, help_text: str):  # type: ignore[no-untyped-def]
@@ -51,6 +54,24 @@ class MixtureOptions:
         "stays the base model.",
     )
     trunk_learning_rate: float | None = _field(None, "Learning rate of a trained trunk; null: learning_rate.")
+    # --- where experts come from, and which of them train -------------------------------------------------------------
+    expert_kind: Literal["shared_base", "independent"] = _field(
+        "shared_base", "Experts that grow from one frozen base, or K whole models, each trained in full."
+    )
+    expert_models: list[str] = _field(
+        [], "independent: folders or hub names, one each or one for all; empty: copies of the base model."
+    )
+    reference: Literal["per_expert", "shared"] = _field(
+        "per_expert",
+        "independent: each expert is measured against a frozen copy of its start, so that every margin starts at 0, or "
+        "all against the base model.",
+    )
+    expert_devices: list[str] = _field([], "independent: a device for each expert (cuda:0, cpu); empty: one for all.")
+    init_experts: list[str] = _field(
+        [], "Experts to start from: a policy folder, or PEFT adapters over the base, one each or one for all."
+    )
+    freeze_experts: list[int] = _field([], "Experts, counted from 0, that stay bit for bit as they start.")
+    train_experts: bool = _field(True, "false: all experts stay as they start and the gate alone learns.")
     # --- likelihood (TRL's names) -------------------------------------------------------------------------------------
     beta: float | list[float] = _field(0.1, "beta_k of the implicit reward; one number, or one for each expert.")
     label_noise: float = _field(
@@ -71,9 +92,22 @@ class MixtureOptions:
     estep_temperature: float = _field(1.0, "Temperature at the start (annealed, gumbel).")
     estep_temperature_end: float = _field(1.0, "Temperature at the end of training (annealed, gumbel).")
     gumbel_hard: bool = _field(True, "Straight-through one-hot samples; false: relaxed samples.")
+    # --- M-step -------------------------------------------------------------------------------------------------------
+    m_step: MStepName = _field(
+        "all",
+        "Which experts learn from a row: all; sampled: those drawn from its responsibilities (unbiased, cheaper); top: "
+        "the largest and those above m_step_threshold (biased: an expert never learns from rows it explains badly).",
+    )
+    m_step_samples: int = _field(1, "Experts drawn for each row (sampled); more draws, less noise, more cost.")
+    m_step_threshold: float = _field(
+        0.1, "Responsibility from which an expert learns (top), 0 to 1; the row's largest always does."
+    )
     # --- initialization -----------------------------------------------------------------------------------------------
     init: Initialization = _field("auto", "First responsibilities; auto: probe with users, else k-means over prompts.")
-    init_hold_epochs: float = _field(1.0, "Epochs during which the first responsibilities are held.")
+    warm_start_epochs: float = _field(
+        0.0, "Epochs at the start in which every expert learns from every row: what all people share, before they part."
+    )
+    init_hold_epochs: float = _field(1.0, "Epochs after that during which the first responsibilities are held.")
     probe_restarts: int = _field(8, "Random starts of the probe; the best penalised evidence is kept.")
     probe_dim: int = _field(64, "Principal directions of the pooled trunk states that the probe sees.")
     # --- regularization -----------------------------------------------------------------------------------------------
@@ -97,6 +131,9 @@ class MixtureOptions:
         False, "Run code that comes with the base model. Off: read it before you trust it."
     )
     # --- run ----------------------------------------------------------------------------------------------------------
+    num_processes: int | None = _field(
+        None, "Processes that this run must have; another number stops it (accelerate may start one in silence)."
+    )
     overwrite_output_dir: bool = _field(False, "Start anew in a folder that holds a finished run (it is replaced).")
 
 
@@ -104,15 +141,15 @@ class MixtureOptions:
 class RunOptions:
     """Fields of `transformers.TrainingArguments` whose default we change, each with its reason."""
 
-    learning_rate: float = _field(
-        2e-3,
-        "Step size of the experts. TRL's 1e-6 is for whole models; a low-rank head that starts at zero needs 1e-3, "
-        "LoRA in blocks (branch_depth) about 2e-4.",
+    learning_rate: float | None = _field(
+        None,
+        "Step size of the experts; null: 2e-3 for heads, which start at zero, 2e-4 with LoRA in blocks or a trained "
+        "trunk, 1e-6 (TRL's) for whole models.",
     )
     per_device_train_batch_size: int = _field(8, "Comparisons (not texts) of one forward pass on one device.")
     logging_steps: float = _field(10, "Optimizer steps between two lines of the log (TRL's default).")
     gradient_checkpointing: bool = _field(
-        False, "TRL: true. Here the trunk is frozen, so no activation is kept for it."
+        False, "TRL: true. A frozen trunk keeps no activations; for whole models true saves memory and costs a third."
     )
     bf16: bool | None = _field(
         None, "Trunk in bfloat16. TRL: always; here null means on a GPU only, because float32 on a CPU is exact."
@@ -285,6 +322,10 @@ def _range_problems(values: Mapping[str, Any]) -> list[str]:
         ("gate_learning_rate", values["gate_learning_rate"] > 0, "positive; gate_update=fixed stops a global gate"),
         ("estep_temperature", values["estep_temperature"] > 0, "positive"),
         ("estep_temperature_end", values["estep_temperature_end"] > 0, "positive; 1 ends at the exact posterior"),
+        ("m_step_samples", values["m_step_samples"] >= 1, "at least 1 draw"),
+        ("m_step_threshold", 0 <= values["m_step_threshold"] <= 1, "from 0 (all experts) to 1 (one expert a row)"),
+        ("num_processes", values["num_processes"] is None or values["num_processes"] >= 1, "at least 1, or null"),
+        ("warm_start_epochs", values["warm_start_epochs"] >= 0, "zero or more epochs"),
         ("init_hold_epochs", values["init_hold_epochs"] >= 0, "zero or more epochs"),
         ("probe_restarts", values["probe_restarts"] >= 1, "at least 1"),
         ("probe_dim", values["probe_dim"] >= 1, "at least 1"),
@@ -307,7 +348,7 @@ def _range_problems(values: Mapping[str, Any]) -> list[str]:
 
 def _combination_problems(values: Mapping[str, Any]) -> list[str]:
     beta, gate, estep = values["beta"], list(values["gate"]), values["estep"]
-    problems = [*gate_problems(gate, values["latent"]), *branch_problems(values)]
+    problems = [*gate_problems(gate, values["latent"]), *branch_problems(values), *expert_problems(values)]
     if isinstance(beta, list | tuple) and len(beta) != values["num_experts"]:
         problems.append(
             f"beta={beta!r}: {len(beta)} values for num_experts={values['num_experts']}; give one each, or one"
@@ -316,6 +357,10 @@ def _combination_problems(values: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"gate_update='fixed' with gate={gate}: only a purely global gate stays fixed; use gate=[global]"
         )
+    if values["m_step"] != "sampled" and values["m_step_samples"] != 1:
+        problems.append(f"m_step_samples with m_step={values['m_step']!r}: no effect there; use m_step='sampled'")
+    if values["m_step"] != "top" and values["m_step_threshold"] != 0.1:
+        problems.append(f"m_step_threshold with m_step={values['m_step']!r}: no effect there; use m_step='top'")
     if estep == "exact" and (values["estep_temperature"], values["estep_temperature_end"]) != (1.0, 1.0):
         problems.append("estep_temperature with estep='exact': no effect there; use estep='annealed' or leave it at 1")
     if values.get("fp16"):
@@ -323,8 +368,4 @@ def _combination_problems(values: Mapping[str, Any]) -> list[str]:
     for name, remedy in _UNSUPPORTED.items():
         if values.get(name):
             problems.append(f"{name}={values[name]!r}: {remedy}")
-    if values.get("gradient_checkpointing"):
-        problems.append(
-            "gradient_checkpointing=true: the trunk is frozen, so there is nothing to recompute; leave it off"
-        )
     return problems

@@ -12,6 +12,7 @@ import logging
 import math
 import shutil
 from abc import ABC, abstractmethod
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from prefmix.training import checkpoint as store
 from prefmix.training.config import MixtureConfig
 from prefmix.training.em_state import EMState
 from prefmix.training.metrics_log import Meter
+from prefmix.training.processes import share_object, summed
 
 FINISHED = "finished.json"
 METRICS = "metrics.jsonl"
@@ -43,13 +45,15 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
         em: running evidence and responsibilities.
         meter: sums of the next line of the log.
         identity: what a checkpoint must agree with: data, base model, shape of the mixture.
-        hold_steps: optimizer steps during which first responsibilities are held.
+        warm_steps: optimizer steps at the start in which every expert learns from every row.
+        hold_steps: optimizer steps before experts decide responsibilities themselves.
     """
 
     args: MixtureConfig
     em: EMState
     meter: Meter
     identity: dict[str, Any]
+    warm_steps: int
     hold_steps: int
     _loop_state: dict[str, Tensor] | None = None
 
@@ -71,6 +75,10 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
     @abstractmethod
     def start_em(self) -> None:
         """Computes the first responsibilities of a fresh run."""
+
+    @abstractmethod
+    def share_evidence(self) -> None:
+        """Gives every process the evidence of the first."""
 
     @abstractmethod
     def refresh_evidence(self) -> Tensor:
@@ -101,7 +109,10 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
         run_dir.mkdir(parents=True, exist_ok=True)
         resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         max_steps = self._plan_steps()
-        checkpoint = self._checkpoint_to_resume(run_dir, resume)
+        # The first process cleans and chooses; the others must not look before it has, nor find another one.
+        checkpoint = share_object(
+            self.accelerator, self._checkpoint_to_resume(run_dir, resume) if self.args.process_index == 0 else None
+        )
         if checkpoint is None:
             self._make_room(run_dir)
             self.start_em()
@@ -113,6 +124,7 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
         output = super().train(str(checkpoint) if checkpoint else None, trial, ignore_keys_for_eval)
         output = output._replace(training_loss=output.metrics["train_loss"])
         self.save_model(str(run_dir / POLICY))
+        self.share_evidence()
         if self.args.should_save:
             _write_json(run_dir / FINISHED, {"step": output.global_step, "max_steps": max_steps, **output.metrics})
         return output
@@ -132,7 +144,8 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
         plan = self.set_initial_training_values(self.args, self.get_train_dataloader())
         updates_per_epoch, max_steps = plan[1], plan[-1]
         assert max_steps is not None
-        self.hold_steps = math.ceil(self.args.init_hold_epochs * updates_per_epoch)
+        self.warm_steps = math.ceil(self.args.warm_start_epochs * updates_per_epoch)
+        self.hold_steps = self.warm_steps + math.ceil(self.args.init_hold_epochs * updates_per_epoch)
         return max_steps
 
     def _checkpoint_to_resume(self, run_dir: Path, resume: str | bool | None) -> Path | None:
@@ -203,10 +216,11 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
             self.state.best_model_checkpoint = str(best)
         self._save_optimizer_and_scheduler(str(staging))
         self._save_rng_state(str(staging))
+        trained, run_state = self._trained_tensors(), self._run_state()  # every process takes part
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            save_file(_on_cpu(self._trained_tensors()), str(staging / store.WEIGHTS))
-            save_file(_on_cpu(self._run_state()), str(staging / store.RUN_STATE))
+            save_file(_on_cpu(trained), str(staging / store.WEIGHTS))
+            save_file(_on_cpu(run_state), str(staging / store.RUN_STATE))
             self._export_callbacks()
             self.state.save_to_json(str(staging / "trainer_state.json"))
             store.publish(run_dir, step, self.identity)
@@ -216,15 +230,15 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         self._load_trained_tensors(folder)
-        state = load_file(str(folder / store.RUN_STATE), device=str(self.args.device))
+        state = load_file(str(folder / store.RUN_STATE))  # safetensors does not know torch's "cpu:0" of a process
         self.em.load_state_dict(_part(state, "em."))
-        self.meter.load_state_dict(_part(state, "meter."), self.args.device)
+        self.meter.load_state_dict(_part(state, "meter."), self.args.device, self.accelerator.num_processes)
         self._loop_state = _part(state, "loop.")
 
     def restore_loop(self) -> None:
         """Gives a resumed loop the sums of losses that the uninterrupted one would have."""
         if self._loop_state is not None:
-            self._tr_loss = self._loop_state["tr_loss"]
+            self._tr_loss = self._loop_state["tr_loss"].to(self.args.device)
             self._total_loss_scalar = self._loop_state["total_loss"].item()
             self._globalstep_last_logged = int(self._loop_state["last_logged"])
             self._loop_state = None
@@ -241,7 +255,7 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
         self._load_trained_tensors(best)
 
     def _load_trained_tensors(self, folder: Path) -> None:
-        saved = load_file(str(folder / store.WEIGHTS), device=str(self.args.device))
+        saved = load_file(str(folder / store.WEIGHTS))
         assert saved.keys() == self._trained_tensors().keys(), "check_identity compares the shape of the mixture"
         self.mixture.load_state_dict(saved, strict=False)
 
@@ -252,12 +266,14 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
         return {name: value for name, value in state.items() if name in trained or name.startswith("gate.")}
 
     def _run_state(self) -> dict[str, Tensor]:
+        over_processes = partial(summed, self.accelerator)
         loop = {
-            "tr_loss": self._tr_loss.detach().clone(),
+            # What is logged is the mean over processes.
+            "tr_loss": over_processes(self._tr_loss.detach()).clone() / self.accelerator.num_processes,
             "total_loss": torch.tensor(self._total_loss_scalar, dtype=torch.float64),
             "last_logged": torch.tensor(self._globalstep_last_logged),
         }
-        parts = {"em.": self.em.state_dict(), "meter.": self.meter.state_dict(), "loop.": loop}
+        parts = {"em.": self.em.state_dict(), "meter.": self.meter.state_dict(over_processes), "loop.": loop}
         return {prefix + name: value for prefix, part in parts.items() for name, value in part.items()}
 
     def _export_callbacks(self) -> None:

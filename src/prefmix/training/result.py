@@ -91,6 +91,8 @@ def identity(args: MixtureConfig, base: BaseModel, table: ComparisonTable, laten
         "data_sha256": table_sha256(table),
         "base_sha256": base.sha256,
         **{"expert_rank" if name == "rank" else name: value for name, value in expert_description(args).items()},
+        "starts": {"expert_models": list(args.expert_models), "init_experts": list(args.init_experts)},
+        "train_experts": args.train_experts,
         "gate": list(args.gate),
         "gate_update": args.gate_update,
         "latent": latent,

@@ -22,12 +22,13 @@ from prefmix.data.readers import read_source
 from prefmix.data.tokenization import tokenize_rows
 from prefmix.data.users import MetadataEncoder
 from prefmix.experts.base_model import BaseModel, load_base
-from prefmix.experts.build import build_experts
 from prefmix.experts.trunk_cache import TrunkStates, build_trunk_states
 from prefmix.mixture.gates import Gate
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.training.config import MixtureConfig
 from prefmix.training.options import expert_head, gate_problems, reads_states
+from prefmix.training.processes import first_process_first
+from prefmix.training.starting_experts import starting_experts
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +70,14 @@ def as_base_model(
     Raises:
         ValueError: no tokenizer is known.
     """
-    base = (
-        model
-        if isinstance(model, BaseModel)
-        else load_base(
-            model, dtype=args.trunk_dtype, revision=args.model_revision, trust_remote_code=args.trust_remote_code
+    with first_process_first(args):  # it downloads, the others find the files
+        base = (
+            model
+            if isinstance(model, BaseModel)
+            else load_base(
+                model, dtype=args.trunk_dtype, revision=args.model_revision, trust_remote_code=args.trust_remote_code
+            )
         )
-    )
     if tokenizer is not None:
         base = base._replace(tokenizer=tokenizer)
     if base.tokenizer is None:
@@ -139,11 +141,13 @@ def comparisons(
     table: ComparisonTable, base: BaseModel, args: MixtureConfig, encoder: MetadataEncoder | None
 ) -> Comparisons:
     """Computes or finds the trunk states of a table, and the gate's features."""
-    cached = args.cache_states != "off" and reads_states(args.branch_depth, args.trunk)
-    states = trunk_states(table, base, args) if cached else None
-    prompt_states = None
-    if "prompt" in args.gate:
-        prompt_states = (states or trunk_states(table, base, args)).prompt_mean
+    heads_alone = args.expert_kind == "shared_base" and reads_states(args.branch_depth, args.trunk)
+    cached = args.cache_states != "off" and heads_alone
+    with first_process_first(args):  # it fills the cache, the others map the same file
+        states = trunk_states(table, base, args) if cached else None
+        prompt_states = None
+        if "prompt" in args.gate:
+            prompt_states = (states or trunk_states(table, base, args)).prompt_mean
     metadata = None if encoder is None else torch.from_numpy(encoder.encode(table.metadata))
     return Comparisons(table, states, prompt_states, metadata)
 
@@ -163,9 +167,9 @@ def trunk_states(table: ComparisonTable, base: BaseModel, args: MixtureConfig) -
 def build_model(
     base: BaseModel, args: MixtureConfig, train: Comparisons, encoder: MetadataEncoder | None
 ) -> MixtureModel:
-    """K untrained experts on the base, and a uniform gate, seeded by `args.seed`."""
+    """K experts at their start and a uniform gate, seeded by `args.seed`."""
     generator = torch.Generator().manual_seed(args.seed)
-    experts = build_experts(base.model, expert_description(args), generator)
+    experts = starting_experts(base, args, expert_description(args), generator)
     terms = tuple(args.gate)
     gate = Gate(
         args.num_experts,
@@ -184,6 +188,8 @@ def build_model(
 
 def expert_description(args: MixtureConfig) -> dict[str, Any]:
     """The experts that a configuration asks for, as `AbstractExperts.describe` would describe them."""
+    if args.expert_kind == "independent":
+        return {"kind": "independent", "num_experts": args.num_experts, "reference": args.reference}
     description = {
         "kind": "shared_base",
         "branch_depth": args.branch_depth,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from prefmix.data.users import latent_groups, num_latent_groups
 from prefmix.experts.base_model import BaseModel
 from prefmix.mixture.elbo import elbo_rows
 from prefmix.mixture.estep import EStep
+from prefmix.mixture.m_step import M_STEPS, with_gradient_of
 from prefmix.mixture.schedule import temperature
-from prefmix.policy.mixture_model import MixtureModel
+from prefmix.policy.mixture_model import MixtureModel, MixtureOutput
 from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.policy.user_state import UserState
 from prefmix.training import diagnostics, setup
@@ -27,9 +29,19 @@ from prefmix.training.first_responsibilities import Start, first_responsibilitie
 from prefmix.training.guards import FiniteGuard
 from prefmix.training.held_out import held_out_metrics
 from prefmix.training.metrics_log import Meter, batch_sums
-from prefmix.training.objective import estep_function, held, likelihoods
+from prefmix.training.objective import Likelihoods, Taught, estep_function, held, learners_of_texts, likelihoods
 from prefmix.training.persistence import AbstractCheckpointedTrainer
+from prefmix.training.processes import (
+    check_processes,
+    from_first_process,
+    gathered,
+    own_rows,
+    share_object,
+    share_tensors,
+    summed,
+)
 from prefmix.training.result import build_policy, identity, training_log_lik, user_state
+from prefmix.training.starting_experts import FrozenExperts
 from prefmix.training.token_dropout import drop_tokens, undo_scale
 
 
@@ -88,6 +100,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         if train_dataset is None:
             raise ValueError("train_dataset=None: give rows, a file, a `datasets.Dataset` or a ComparisonTable")
         args = MixtureConfig("prefmix_output") if args is None else args
+        check_processes(args.world_size, args.num_processes)
         self.base = setup.as_base_model(model, args, processing_class)
         tokenizer = setup.tokenizer_of(self.base)
         table = setup.as_table(train_dataset, tokenizer, args)
@@ -121,34 +134,69 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
     ) -> Any:
         """Loss = - (sum_i ELBO_i + the batch's share of the gate's log prior) / summed weights of the global batch."""
         weight, chosen, rejected = inputs["weight"], inputs["chosen"], inputs["rejected"]
-        output = undo_scale(model(**drop_tokens(inputs, self.args.token_dropout)), self.args.token_dropout)
-        lik = likelihoods(output, chosen, rejected, beta=self._beta, label_noise=self.args.label_noise)
+        inputs = drop_tokens(inputs, self.args.token_dropout)
+        output = self._look(model, inputs)
+        lik = self._likelihoods(output, inputs)
         evidence = self._evidence(inputs["row"], lik.log_lik)
-        q = self._responsibilities(inputs["group"], output.log_weights, evidence)
+        q = self._responsibilities(inputs, output.log_weights, evidence)
+        taught = self._taught(model, inputs, output, lik, q)
         group_weight = self.em.group_weight[inputs["group"]]
-        rows = elbo_rows(lik.log_lik, output.log_weights, q.resp, q.log_q, weight, group_weight)
+        rows = elbo_rows(lik.log_lik.detach(), taught.log_weights, q.resp, q.log_q, weight, group_weight)
+        bound = with_gradient_of(rows.elbo, taught.log_lik, taught.coefficient, weight)
         prior = self.mixture.gate.log_prior() * weight.sum() / self.em.total_weight
-        loss = -(rows.elbo.sum() + prior) * self.accelerator.num_processes / num_items_in_batch
+        loss = -(bound.sum() + prior) * self.accelerator.num_processes / num_items_in_batch
         self.meter.add(batch_sums(output, lik, q, rows, evidence, weight, group_weight, chosen, rejected))
         self.guard.observe_batch(inputs["row"], lik.log_lik, output.log_weights, loss)
+        # Where the gate alone learns, in closed form, nothing has a gradient; the loop wants one all the same.
+        loss = loss if loss.requires_grad else loss.requires_grad_()
         return (loss, output) if return_outputs else loss
+
+    def _look(self, model: nn.Module, inputs: dict[str, Tensor]) -> MixtureOutput:
+        """All K experts; without gradient where a cheap M-step comes back for those that learn."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._comes_back):
+            return undo_scale(model(**inputs), self.args.token_dropout)
+
+    def _likelihoods(self, output: MixtureOutput, inputs: dict[str, Tensor]) -> Likelihoods:
+        pairs = (inputs["chosen"], inputs["rejected"])
+        return likelihoods(output, *pairs, beta=self._beta, label_noise=self.args.label_noise)
+
+    def _taught(
+        self, model: nn.Module, inputs: dict[str, Tensor], output: MixtureOutput, lik: Likelihoods, q: EStep
+    ) -> Taught:
+        """Who learns from which row, and their log-likelihoods with gradient."""
+        coefficient = self._m_step(q.resp, samples=self.args.m_step_samples, threshold=self.args.m_step_threshold)
+        if self._comes_back:
+            learners = learners_of_texts(coefficient, inputs["chosen"], inputs["rejected"], len(inputs["text_ids"]))
+            again = undo_scale(model(**inputs, learners=learners), self.args.token_dropout)
+            output = again._replace(ref_log_probs=output.ref_log_probs)
+            lik = self._likelihoods(output, inputs)
+        return Taught(coefficient, lik.log_lik, output.log_weights)
+
+    @property
+    def _comes_back(self) -> bool:
+        return self.args.m_step != "all" and self.mixture.experts.keeps_activations
 
     def _evidence(self, row: Tensor, log_lik: Tensor) -> Tensor:
         """[B, K] running evidence of each row's group; every process keeps the same table."""
         if self.accelerator.num_processes == 1:
             return self.em.evidence.update(row, log_lik)
-        everywhere = self.em.evidence.update(*self.accelerator.gather((row, log_lik.detach().contiguous())))
-        return everywhere[self.accelerator.process_index * len(row) :][: len(row)]
+        row, log_lik = gathered(self.accelerator, row, log_lik)
+        real = row >= 0  # not a copy that fills a batch
+        everywhere = log_lik.clone()
+        everywhere[real] = self.em.evidence.update(row[real], log_lik[real])
+        return own_rows(self.accelerator, everywhere)
 
-    def _responsibilities(self, group: Tensor, log_weights: Tensor, evidence: Tensor) -> EStep:
-        """The first ones while they are held, afterwards the E-step's from the experts alone."""
+    def _responsibilities(self, inputs: dict[str, Tensor], log_weights: Tensor, evidence: Tensor) -> EStep:
+        """Uniform in a warm start, then the first ones while held, afterwards the E-step's from the experts alone."""
         if self.state.global_step < self.hold_steps:
-            return held(self.em.initial[group])
+            first = self.em.initial[inputs["group"]]
+            warm = self.state.global_step < self.warm_steps
+            return held(torch.full_like(first, 1 / first.shape[1]) if warm else first)
         q = self._estep(log_weights, evidence, temperature=self.temperature, generator=None)
-        everywhere = (group, q.log_q)
+        row, group, log_q = gathered(self.accelerator, inputs["row"], inputs["group"], q.log_q)
         if self.accelerator.num_processes > 1:
-            everywhere = self.accelerator.gather((group, q.log_q.contiguous()))
-        self.em.remember(*everywhere)
+            group, log_q = group[row >= 0], log_q[row >= 0]
+        self.em.remember(group, log_q)
         return q
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -161,7 +209,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Summed row weights over the accumulation steps and all processes: the denominator of the loss."""
         total = torch.stack([batch["weight"].sum() for batch in batch_samples]).sum().to(device)
-        return self.accelerator.gather(total).sum() if self.accelerator.num_processes > 1 else total
+        return summed(self.accelerator, total)
 
     @property
     def temperature(self) -> float:
@@ -191,6 +239,10 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         self.em.evidence.update(rows, log_lik.float().to(self.args.device))
         return log_lik
 
+    def share_evidence(self) -> None:
+        """Gives every process the evidence of the first, which alone may have recomputed it."""
+        share_tensors(self.accelerator, [self.em.evidence.table, self.em.evidence.visited])
+
     def running_user_state(self) -> UserState:
         """What the running evidence says of every user; nothing under `pair`, where none is kept."""
         table = self.train_comparisons.table
@@ -209,13 +261,15 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         for name, comparisons in sets.items() if isinstance(sets, dict) else {"": sets}.items():
             prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
             metrics |= held_out_metrics(self, comparisons, prefix)
+        metrics = share_object(self.accelerator, metrics)  # runtimes differ, and decisions must not
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def start_em(self) -> None:
         """Computes the first responsibilities and gives a closed-form gate their mean."""
-        diagnostics.report_identifiability(self)
+        if self.is_world_process_zero():
+            diagnostics.report_identifiability(self)
         start = Start(
             self.args,
             self.train_comparisons.table,
@@ -224,11 +278,24 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
             lambda: (
                 self.train_comparisons.states or setup.trunk_states(self.train_comparisons.table, self.base, self.args)
             ),
+            self._experts_evidence,
         )
-        resp = first_responsibilities(self.init, start).to(self.em.initial)
+        resp = from_first_process(self.accelerator, self.em.initial, lambda: first_responsibilities(self.init, start))
+        self.share_evidence()
         self.em.initial.copy_(resp)
         self.em.resp.copy_(resp)
         self.m_step_of_gate()
+
+    def _experts_evidence(self) -> Tensor:
+        """[G, K] what the experts as they are say of every group; the table of evidence is full afterwards."""
+        log_lik = self.refresh_evidence().float()
+        return log_lik if self.latent == "pair" else self.em.evidence.group_evidence().cpu()
+
+    def _plan_steps(self) -> int:
+        max_steps = super()._plan_steps()
+        if self.init == "experts":  # their own responsibilities need not be held until experts have parted
+            self.hold_steps = self.warm_steps
+        return max_steps
 
     def m_step_of_gate(self) -> None:
         """Moves a closed-form global gate to the mean responsibility (its Dirichlet MAP)."""
@@ -238,7 +305,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mixture's figures to a training line; fetches them from the device here only."""
         if "loss" in logs:
-            logs.update(self.meter.pop())
+            logs.update(self.meter.pop(partial(summed, self.accelerator)))
             logs["mixture/temperature"] = self.temperature
         super().log(logs, start_time)
 
@@ -267,7 +334,10 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
             together = 2 * len(table) > 4 * len(table.texts)
         prompt = table.prompt if together else torch.arange(len(table)).numpy()
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return PromptGroupedSampler(prompt, block_size=self._train_batch_size, seed=seed)
+        processes = self.args.world_size
+        size = self._train_batch_size * processes
+        multiple_of = 1 if processes == 1 or self.args.dataloader_drop_last else size
+        return PromptGroupedSampler(prompt, block_size=size, seed=seed, multiple_of=multiple_of)
 
     def _prepare_em(self, run_identity: dict[str, Any]) -> None:
         table, device = self.train_comparisons.table, self.args.device
@@ -280,9 +350,11 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
             per_pair=self.latent == "pair",
         )
         self.identity = run_identity
+        self.frozen = FrozenExperts(self.mixture.experts, self.args.freeze_experts, self.args.train_experts)
         self.meter, self.guard = Meter(), FiniteGuard(table.source_row)
-        self.hold_steps = 0
+        self.warm_steps = self.hold_steps = 0
         self._beta = torch.tensor(self.args.betas, device=device)
+        self._m_step = M_STEPS[self.args.m_step]
         self._estep = estep_function(self.args.estep, self.args.gumbel_hard)
         self.add_callback(EMCallback(self))
         self.add_callback(MetricsFileCallback(self.run_dir))

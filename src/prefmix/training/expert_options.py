@@ -1,0 +1,89 @@
+"""What must hold between the options that say where experts come from and which of them train. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+HEADS_RATE, LORA_RATE, MODELS_RATE = 2e-3, 2e-4, 1e-6
+
+
+def default_learning_rate(values: Mapping[str, Any]) -> float:
+    """What `learning_rate: null` stands for.
+
+    Whole models move at TRL's 1e-6. A head that starts at zero needs 1e-3 or more to leave it; LoRA in blocks, which
+    acts through all blocks above it, about a tenth of that.
+    """
+    if values["expert_kind"] == "independent":
+        return MODELS_RATE
+    return HEADS_RATE if values["branch_depth"] == 0 and values["trunk"] == "frozen" else LORA_RATE
+
+
+def expert_problems(values: Mapping[str, Any]) -> list[str]:
+    """Why kind, models, starts and frozen experts do not go together, or nothing."""
+    independent = values["expert_kind"] == "independent"
+    problems = _independent_problems(values) if independent else _shared_base_problems(values)
+    problems += _count_problems(values)
+    starts_differ = bool(values["init_experts"]) or (bool(values["expert_models"]) and values["reference"] == "shared")
+    if values["init"] == "experts" and not starts_differ:
+        problems.append(
+            "init='experts': untrained experts say nothing about rows; name init_experts, or expert_models with "
+            "reference='shared'"
+        )
+    if not values["train_experts"]:
+        if not starts_differ:
+            problems.append(
+                "train_experts=false: the gate alone would choose between equal experts; name init_experts, or "
+                "expert_models with reference='shared'"
+            )
+        if values["gate_update"] == "fixed" and list(values["gate"]) == ["global"]:
+            problems.append("train_experts=false with gate_update='fixed': nothing would train; let the gate move")
+    return problems
+
+
+def _independent_problems(values: Mapping[str, Any]) -> list[str]:
+    problems = []
+    defaults = {"branch_depth": 0, "head": "auto", "trunk": "frozen"}
+    for name, default in defaults.items():
+        if values[name] != default:
+            problems.append(f"{name}={values[name]!r} with expert_kind='independent': whole models train; leave it out")
+    if values["cache_states"] in ("disk", "memory"):
+        problems.append(
+            f"cache_states={values['cache_states']!r} with expert_kind='independent': whole models have no frozen "
+            "states to cache; use cache_states='auto' or 'off'"
+        )
+    if values["init_experts"]:
+        problems.append(
+            "init_experts with expert_kind='independent': whole models start from expert_models (a policy's "
+            "expert_0, expert_1 ... are such folders; `prefmix export --format merged` makes one of an adapter)"
+        )
+    return problems
+
+
+def _shared_base_problems(values: Mapping[str, Any]) -> list[str]:
+    problems = [
+        f"{name}={values[name]!r}: only expert_kind='independent' reads it"
+        for name, default in (("expert_models", []), ("expert_devices", []), ("reference", "per_expert"))
+        if (list(values[name]) if isinstance(default, list) else values[name]) != default
+    ]
+    if values.get("gradient_checkpointing"):
+        problems.append(
+            "gradient_checkpointing=true: only whole models (expert_kind='independent') recompute activations; "
+            "leave it off"
+        )
+    return problems
+
+
+def _count_problems(values: Mapping[str, Any]) -> list[str]:
+    count, problems = values["num_experts"], []
+    for name, fitting in (("expert_models", (0, 1, count)), ("init_experts", (0, 1, count))):
+        if len(values[name]) not in fitting:
+            problems.append(f"{name}: {len(values[name])} names for num_experts={count}; give one each, or one")
+    if len(values["expert_devices"]) not in (0, count):
+        problems.append(f"expert_devices={list(values['expert_devices'])}: give one each of {count} experts, or none")
+    frozen = list(values["freeze_experts"])
+    if any(not 0 <= expert < count for expert in frozen) or len(set(frozen)) < len(frozen):
+        problems.append(f"freeze_experts={frozen}: name experts 0 to {count - 1}, each once")
+    elif frozen and len(frozen) == count:
+        problems.append(f"freeze_experts={frozen}: no expert would train; use train_experts=false for the gate alone")
+    return problems
