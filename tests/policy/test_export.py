@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from prefmix.experts.branches import BranchedExperts
 from prefmix.experts.independent import IndependentExperts
 from prefmix.mixture.gates import Gate
 from prefmix.policy.config import PolicyConfig
@@ -120,3 +121,21 @@ def test_an_independent_expert_is_already_a_model(
     with pytest.raises(ValueError, match="--format merged"):
         export_servers(policy, tmp_path / "served")
     assert experts.expert_models[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("trunk", ["frozen", "lora", "full"])
+@pytest.mark.parametrize("head", ["none", "hidden"])
+def test_branches_are_exported_too(
+    make_tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path, head: str, trunk: str
+) -> None:
+    experts = BranchedExperts(make_tiny_model(), 2, branch_depth=1, head=head, rank=2, trunk=trunk)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    config = PolicyConfig((0.1, 0.1), "user", "<base>", "0" * 64, max_length=64)
+    policy = MixturePolicy(MixtureModel(experts, Gate(2, ("global",))), tiny_tokenizer, config)
+    export_merged(policy, 1, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(log_probs_of(merged, policy), ours(policy, 1), atol=1e-4)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from prefmix.experts.branches import BranchedExperts
 from prefmix.experts.independent import IndependentExperts
 from prefmix.mixture.gates import Gate
 from prefmix.policy.adapters import write_adapter
@@ -208,3 +209,43 @@ def test_a_changed_policy_is_saved_and_loaded(make_policy: Callable[..., Mixture
     loaded = MixturePolicy.from_pretrained(tmp_path / "policy", device="cpu")
     assert torch.equal(per_expert(loaded), per_expert(new))
     assert torch.equal(loaded.weights(user="carl"), new.weights(user="carl"))
+
+
+@pytest.mark.parametrize("head", ["none", "logit"])
+def test_branches_are_modular_too(
+    make_tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path, head: str
+) -> None:
+    def build(rank: int, seed: int) -> MixturePolicy:
+        experts = BranchedExperts(make_tiny_model(), 2, branch_depth=1, head=head, rank=rank, trunk="lora")
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in experts.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        config = PolicyConfig((0.1, 0.1), "user", "<base>", "0" * 64, max_length=64)
+        return MixturePolicy(MixtureModel(experts, Gate(2, ("global",))), tiny_tokenizer, config)
+
+    policy = build(2, 0)
+    before = per_expert(policy)
+    assert same(per_expert(add_expert(policy, CopyOf(1, scale=0.0)))[:, [0, 1, 2]], before[:, [0, 1, 1]])
+    assert same(per_expert(remove_expert(policy, 0)), before[:, [1]])
+    one_hot = soup(policy, [0, 1])
+    assert one_hot.config.experts["rank"] == 4 and same(per_expert(one_hot), before[:, [1]])
+
+
+def test_an_adapter_joins_branches(make_tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """A PEFT adapter of another rank and scale, on some of the layers that a branch has."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    other = get_peft_model(make_tiny_model(), config).eval()
+    other.save_pretrained(tmp_path / "adapter")
+    experts = BranchedExperts(make_tiny_model(), 2, branch_depth=-1, head="logit", rank=2)
+    policy_config = PolicyConfig((0.1, 0.1), "user", "<base>", "0" * 64, max_length=64)
+    policy = MixturePolicy(MixtureModel(experts, Gate(2, ("global",))), tiny_tokenizer, policy_config)
+    new = add_expert(policy, tmp_path / "adapter").model.experts
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    found = new.decoder(tokens, torch.ones_like(tokens), [2]).logits()[:, 0]
+    with torch.no_grad():
+        assert torch.allclose(found, other(input_ids=tokens).logits[:, -1], atol=1e-4)

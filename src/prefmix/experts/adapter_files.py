@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -46,8 +46,10 @@ def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / "adapter_config.json").is_file()
 
 
-def read_adapter(folder: str | Path) -> dict[str, Update]:
+def read_adapter(folder: str | Path, base_model: PreTrainedModel) -> dict[str, Update]:
     """Updates by the name of the layer in the model (`lm_head`, `model.layers.0.self_attn.q_proj`).
+
+    PEFT stores the weights of an output head beside its update; they must be the base's.
 
     Raises:
         ValueError: no LoRA adapter, or one with parts that have no place in an expert.
@@ -67,6 +69,11 @@ def read_adapter(folder: str | Path) -> dict[str, Update]:
         stem = name.removesuffix("lora_A.weight")
         layer = stem.removeprefix(_PREFIX).removesuffix(".")
         updates[layer] = Update(tensors.pop(name).float(), scale * tensors.pop(f"{stem}lora_B.weight").float())
+    for name in [name for name in tensors if name.endswith(".base_layer.weight")]:
+        own = cast(Any, base_model).get_submodule(name.removeprefix(_PREFIX).removesuffix(".base_layer.weight")).weight
+        if own.shape != tensors[name].shape or not torch.allclose(own.cpu().float(), tensors[name].float(), rtol=1e-2):
+            raise ValueError(f"adapter {folder}: {name} is not the base's; merge the adapter into a model")
+        del tensors[name]
     if tensors or not updates:
         raise ValueError(
             f"adapter {folder}: tensors other than LoRA pairs ({sorted(tensors)[:3]}); merge it into a model"
@@ -85,7 +92,7 @@ def adapter_state(experts: AbstractExperts, folder: str | Path) -> dict[str, Ten
     Raises:
         ValueError: the adapter changes layers that these experts share, or its output head cannot be written as theirs.
     """
-    template, updates = experts.expert_state(0), read_adapter(folder)
+    template, updates = experts.expert_state(0), read_adapter(folder, experts.base_model)
     scale = experts.describe().get("lora_alpha", 1.0) / experts.describe().get("rank", 1.0)
     state: dict[str, Tensor] = {}
     for down, up in pairs(template).items():

@@ -30,7 +30,7 @@ def with_states(experts: AbstractExperts, states: Sequence[State]) -> AbstractEx
     if "lora_alpha" in description:
         description["lora_alpha"] *= rank / old_rank  # the scale alpha / r belongs to the states and stays
     new = build_experts(experts.base_model, description)
-    new.load_shared_state(experts.shared_state())
+    new.load_shared_state(padded(experts.shared_state(), rank))
     for expert, state in enumerate(states):
         new.load_expert_state(expert, padded(state, rank, seed=expert))
     return new.train(experts.training)

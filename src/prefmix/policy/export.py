@@ -6,21 +6,26 @@ Nothing is overwritten: an export goes to a folder that does not exist yet, and 
 from __future__ import annotations
 
 import copy
-import tempfile
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from prefmix.experts.branches import BranchedExperts
 from prefmix.experts.independent import IndependentExperts
 from prefmix.experts.interface import AbstractExperts
+from prefmix.experts.low_rank_states import pairs
 from prefmix.policy.adapters import write_adapter
 from prefmix.policy.expert_files import can_be_found_again
 from prefmix.policy.folder import fresh_folder
 from prefmix.policy.mixture_policy import MixturePolicy
+
+# What the tensors of an expert's own output head are called; a LoRA's end in lora_A.weight and lora_B.weight.
+_HEAD = ("down", "up", "weight")
 
 
 def export_adapter(policy: MixturePolicy, expert: int, folder: str | Path) -> None:
@@ -89,24 +94,32 @@ def check_expert(policy: MixturePolicy, expert: int) -> None:
         raise ValueError(f"expert={expert}: this policy has experts 0 to {policy.config.num_experts - 1}")
 
 
+@torch.no_grad()
 def _merged_with_base(experts: AbstractExperts, expert: int) -> PreTrainedModel:
     start = experts.base_model
     if isinstance(experts, BranchedExperts) and experts.trunk_kind == "full":
         start = experts.trunk.model
     model = cast(Any, copy.deepcopy(start)).cpu().float()
     model.requires_grad_(False)
-    state = experts.expert_state(expert)
-    if "weight" in state:
+    description = experts.describe()
+    state = {name: value.float().cpu() for name, value in experts.expert_state(expert).items()}
+    if description.get("trunk") == "lora":
+        state |= {name: value.float().cpu() for name, value in experts.shared_state().items()}
+    head = {name.removeprefix("head."): state.pop(name) for name in list(state) if name.removeprefix("head.") in _HEAD}
+    if head:
         untie(model)
-        model.get_output_embeddings().weight.data.copy_(state["weight"])
-        return cast(PreTrainedModel, model)
-    from peft import PeftModel
+        weight = model.get_output_embeddings().weight.data
+        weight.copy_(head["weight"] if "weight" in head else weight + _head_update(description["head"], head, weight))
+    for down, up in pairs(state).items():
+        layer = model.get_submodule(down.removesuffix(".lora_A.weight"))
+        update = description["lora_alpha"] / description["rank"] * (state[up] @ state[down])
+        layer.weight.data.add_(update.T if isinstance(layer, Conv1D) else update)
+    return cast(PreTrainedModel, model)
 
-    with tempfile.TemporaryDirectory() as folder:
-        assert write_adapter(experts, expert, Path(folder), ""), "what has no whole head is low-rank"
-        untie(model)
-        loaded: Any = PeftModel.from_pretrained(model, folder)
-        return cast(PreTrainedModel, loaded.merge_and_unload())
+
+def _head_update(kind: str, head: dict[str, Tensor], weight: Float[Tensor, "V D"]) -> Float[Tensor, "V D"]:
+    update = head["up"] @ head["down"]
+    return weight @ update if kind == "hidden" else update
 
 
 def untie(model: PreTrainedModel) -> None:
