@@ -179,6 +179,22 @@ def test_a_bfloat16_base_keeps_float32_updates_and_the_exact_start(make_tiny_mod
     assert all(p.grad.isfinite().all() for p in experts.branches.parameters())
 
 
+@pytest.mark.parametrize(("depth", "trunk"), [(1, "frozen"), (-1, "frozen"), (1, "full")])
+def test_recomputed_activations_give_the_same_gradients(make_tiny_model, make_texts, depth, trunk):
+    texts = pad_texts(make_texts(), range(5))
+    grads, runs = [], []
+    for recompute in (False, True):
+        experts = moved(BranchedExperts(make_tiny_model(), 2, depth, rank=2, trunk=trunk))
+        if recompute:
+            experts.activation_checkpointing_enable()
+        runs.append(0)
+        block = experts.trunk.model.model.layers[1]
+        block.mlp.register_forward_hook(lambda *_: runs.__setitem__(-1, runs[-1] + 1))
+        grads.append(torch.autograd.grad(loss(experts, texts), [p for p in experts.parameters() if p.requires_grad]))
+    assert runs[1] == runs[0] + 2  # each of two experts once more
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def test_the_model_is_left_as_it_was(make_tiny_model, make_texts):
     model = make_tiny_model()
     experts = moved(BranchedExperts(model, 2, 1, trunk="lora"))

@@ -136,7 +136,7 @@ def test_a_run_gives_the_same_loss_curve(ours: MixtureTrainer, theirs: Any) -> N
 
 CHOICES: list[dict[str, Any]] = [
     {"branch_depth": 1},
-    {"branch_depth": -1, "head": "hidden"},
+    {"branch_depth": -1, "head": "hidden", "gradient_checkpointing": True},
     {"branch_depth": 1, "trunk": "lora", "token_dropout": 0.3},
     {"branch_depth": 1, "trunk": "full", "trunk_learning_rate": 1e-3},
     {"branch_depth": 0, "trunk": "full", "gate": ["prompt"], "latent": "pair"},

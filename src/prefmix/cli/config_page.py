@@ -25,9 +25,9 @@ They fail when the configuration is read, each with a remedy: a gate term `promp
 purely global; temperatures with `estep: exact`; `head: none` at `branch_depth: 0` and `head: full` at any other;
 a trained `trunk` with `branch_depth: -1`; `cache_states: disk` or `memory` where experts read more than the trunk's
 last states (branches, a trained trunk, whole models); `bf16` with `trunk: full`; `fp16`; options of whole models
-(`expert_models`, `reference`, `expert_devices`, `gradient_checkpointing`) without `expert_kind: independent`, and those
-of heads and branches with it; `init: experts` and `train_experts: false` without experts that come trained
-(`init_experts`).
+(`expert_models`, `reference`, `expert_devices`) without `expert_kind: independent`, and those of heads and branches
+with it; `gradient_checkpointing` for heads; `init: experts` and `train_experts: false` without experts that come
+trained (`init_experts`).
 """
 
 

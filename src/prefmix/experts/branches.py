@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from prefmix.experts.blocks import BranchPoint, TopBlocks, find_blocks, linear_layers
@@ -95,6 +96,7 @@ class BranchedExperts(AbstractSharedBaseExperts):
             self.branches = LoraBank(linear_layers(model, parts), num_experts, rank, alpha, generator)
         self.head = HEADS[head](self.output_head, num_experts, rank, generator)
         self.keeps_activations = self.branches is not None
+        self._recomputes = False
         self._looked: tuple[Tensor, BranchPoint | None] | None = None
 
     @property
@@ -168,15 +170,21 @@ class BranchedExperts(AbstractSharedBaseExperts):
         for k, matrices in enumerate(self.branches.unbind()):
             rows = None if learners is None else learners[:, k].nonzero()[:, 0]
             if rows is None or len(rows) == len(texts.input_ids):
-                columns.append(self._expert_log_probs(k, matrices, texts, point))
+                columns.append(self._one_at_a_time(k, matrices, texts, point))
                 continue
             column = torch.zeros(len(texts.input_ids), device=rows.device)
             if len(rows):
                 part = PaddedTexts(*(field[rows] for field in texts))
-                found = self._expert_log_probs(k, matrices, part, None if point is None else point.select(rows))
+                found = self._one_at_a_time(k, matrices, part, None if point is None else point.select(rows))
                 column = column.to(found.dtype).index_put((rows,), found)
             columns.append(column)
         return torch.stack(columns, dim=1)
+
+    def _one_at_a_time(self, *args: Any) -> Float[Tensor, "N"]:
+        """`_expert_log_probs`, whose activations are computed again in the backward where that was asked for."""
+        if self._recomputes and torch.is_grad_enabled():
+            return checkpoint(self._expert_log_probs, *args, use_reentrant=False)
+        return self._expert_log_probs(*args)
 
     def _expert_log_probs(
         self, expert: int, matrices: list[LoraMatrices], texts: PaddedTexts, point: BranchPoint | None
@@ -241,6 +249,10 @@ class BranchedExperts(AbstractSharedBaseExperts):
         for module in (self.branches, self.head):
             for parameter in () if module is None else module.parameters():
                 parameter.register_hook(partial(without_rows, rows=list(experts)))
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Holds the activations of one expert at a time: each branch is run again when the backward reaches it."""
+        self._recomputes = True
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """The trained trunk."""

@@ -149,7 +149,9 @@ class RunOptions:
     per_device_train_batch_size: int = _field(8, "Comparisons (not texts) of one forward pass on one device.")
     logging_steps: float = _field(10, "Optimizer steps between two lines of the log (TRL's default).")
     gradient_checkpointing: bool = _field(
-        False, "TRL: true. A frozen trunk keeps no activations; for whole models true saves memory and costs a third."
+        False,
+        "TRL: true. A frozen trunk keeps no activations; for whole models true saves memory and costs a third; with "
+        "branches it keeps one expert's at a time.",
     )
     bf16: bool | None = _field(
         None, "Trunk in bfloat16. TRL: always; here null means on a GPU only, because float32 on a CPU is exact."
