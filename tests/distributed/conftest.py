@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -42,3 +43,31 @@ def launch() -> Callable[..., str]:
         return done.stdout + done.stderr
 
     return torchrun
+
+
+@pytest.fixture(scope="session")
+def train_twice(launch: Callable[..., str], runs: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs scenarios with two processes; gives the folder of what they ended with."""
+
+    def train(*names: str) -> Path:
+        folder = tmp_path_factory.mktemp("two")
+        launch(runs.__file__, folder, *names)
+        return folder
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def train_once(runs: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs scenarios with one process; gives name -> trainer, its last evaluation, its first parameters."""
+
+    def train(*names: str) -> dict[str, Any]:
+        folder, ends = tmp_path_factory.mktemp("one"), {}
+        for name in names:
+            trainer = runs.make_trainer(folder / name, 1, **runs.SCENARIOS[name])
+            start = {k: v.clone() for k, v in trainer._trained_tensors().items()}
+            trainer.train()
+            ends[name] = (trainer, trainer.evaluate(), start)
+        return ends
+
+    return train

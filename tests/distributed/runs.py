@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prefmix.training.config import MixtureConfig
+from prefmix.training.sharding import load_whole, own_part, whole, whole_optimizer_state, whole_tensor
 from prefmix.training.trainer import MixtureTrainer
 
 WORDS = [f"w{i}" for i in range(40)]
@@ -36,6 +37,14 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "pair": {
         "latent": "pair", "gate": ["global", "user", "metadata"], "init": "kmeans", "init_hold_epochs": 0.0,
         "save_steps": 5, "group_texts": True, "cache_states": "off", "label_noise": 0.05,
+    },
+    "fsdp": {
+        "latent": "user", "init": "random", "init_hold_epochs": 0.5, "save_steps": 2, "cache_states": "off",
+        "gate_update": "gradient", "sharding": "fsdp2",
+    },
+    "fsdp branches": {
+        "latent": "user", "init": "random", "init_hold_epochs": 0.5, "save_steps": 2, "cache_states": "off",
+        "branch_depth": 1, "trunk": "lora", "sharding": "fsdp2", "m_step": "top",
     },
 }  # fmt: skip
 
@@ -73,14 +82,14 @@ def make_trainer(run_dir: Path, num_processes: int, **fields: Any) -> MixtureTra
         "disable_tqdm": True, "learning_rate": 1e-2, "cache_dir": str(run_dir.parent / "cache"),
         "num_processes": num_processes, "eval_strategy": "steps", "eval_steps": 3,
     }  # fmt: skip
+    base = run_dir.parent / f"base-{os.environ.get('RANK', '0')}"
+    model.save_pretrained(str(base))
+    tokenizer.save_pretrained(str(base))
     trainer = MixtureTrainer(
-        model, MixtureConfig(str(run_dir), **(defaults | fields)), train_dataset=rows(), eval_dataset=rows()[:7],
-        processing_class=tokenizer,
+        base, MixtureConfig(str(run_dir), **(defaults | fields)), train_dataset=rows(), eval_dataset=rows()[:7],
     )  # fmt: skip
-    with torch.no_grad():
-        for parameter in trainer.mixture.experts.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn(parameter.shape))
+    start = {name: p for name, p in trainer.mixture.named_parameters() if p.requires_grad and "gate" not in name}
+    load_whole(trainer.mixture, {k: whole_tensor(p.data) + 0.3 * torch.randn(p.shape) for k, p in start.items()})
     return trainer
 
 
@@ -88,9 +97,25 @@ def ended_with(trainer: MixtureTrainer) -> dict[str, torch.Tensor]:
     """Everything that decides what would come next."""
     found = {f"model.{name}": value for name, value in trainer._trained_tensors().items()}
     found |= {f"em.{name}": value for name, value in trainer.em.state_dict().items()}
-    for i, state in trainer.optimizer.state_dict()["state"].items():
+    for i, state in whole_optimizer_state(trainer.optimizer)["state"].items():
         found |= {f"optimizer.{i}.{name}": torch.as_tensor(value) for name, value in state.items()}
     return {name: value.detach().clone().contiguous() for name, value in found.items()}
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Equal up to sums of float32 in another order, through 6 steps of AdamW; parameters move by 0.02 and more."""
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=5e-6)
+
+
+def held_share(trainer: MixtureTrainer) -> float:
+    """The share of all numbers of experts and base model, and of AdamW's moments, that this process holds."""
+    with whole(trainer.mixture.experts):  # an evaluation leaves some parts gathered
+        pass
+    moments = [m for state in trainer.optimizer.state.values() for m in state.values() if m.dim() > 0]
+    tensors = [*trainer.mixture.experts.parameters(), *moments]
+    return sum(own_part(t).numel() for t in tensors) / sum(t.numel() for t in tensors)
 
 
 def history(trainer: MixtureTrainer) -> list[dict[str, float]]:
@@ -114,7 +139,7 @@ def work(folder: Path, name: str) -> None:
         trainer.train(resume_from_checkpoint=kind == "resumed")
         metrics = trainer.evaluate()
         save_file(ended_with(trainer), str(folder / f"{name}-{kind}-{rank}.safetensors"))
-        text = json.dumps({"history": history(trainer), "metrics": metrics})
+        text = json.dumps({"history": history(trainer), "metrics": metrics, "share": held_share(trainer)})
         (folder / f"{name}-{kind}-{rank}.json").write_text(text, encoding="utf-8")
 
 

@@ -12,38 +12,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 NAMES = ("user", "pair")
-# Sums of float32 in another order, through 6 steps of AdamW; parameters move by 0.03 and more.
-TOLERANCE = {"rtol": 1e-4, "atol": 5e-6}
 
 
 @pytest.fixture(scope="module")
-def two(launch: Callable[..., str], runs: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two(train_twice: Callable[..., Path]) -> Path:
     """The folder in which two processes have run every scenario, whole and resumed."""
-    folder = tmp_path_factory.mktemp("two")
-    launch(runs.__file__, folder, *NAMES)
-    return folder
+    return train_twice(*NAMES)
 
 
 @pytest.fixture(scope="module")
-def one(runs: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Name -> trainer of one process, trained to its end, and its last evaluation."""
-    folder = tmp_path_factory.mktemp("one")
-    ends = {}
-    for name in NAMES:
-        trainer = runs.make_trainer(folder / name, 1, **runs.SCENARIOS[name])
-        start = {k: v.clone() for k, v in trainer._trained_tensors().items()}
-        trainer.train()
-        ends[name] = (trainer, trainer.evaluate(), start)
-    return ends
-
-
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], **TOLERANCE)
+def one(train_once: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """What one process ends with."""
+    return train_once(*NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -57,7 +39,7 @@ def test_two_processes_end_where_one_does(
     moved = [float((expected[f"model.{k}"] - v).abs().max()) for k, v in start.items() if k.startswith("experts")]
     assert min(moved) > 0.03
     first, second = (load_file(str(two / f"{name}-{kind}-{rank}.safetensors")) for rank in (0, 1))
-    assert_close(first, expected)
+    runs.assert_close(first, expected)
     for key in first:  # not close but equal: nothing may drift apart
         assert torch.equal(first[key], second[key]), key
     if name == "user":
@@ -91,7 +73,7 @@ def test_one_process_goes_on_where_two_stopped(
     trainer = runs.make_trainer(tmp_path / name, 1, **fields)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 6
-    assert_close(runs.ended_with(trainer), runs.ended_with(one[name][0]))
+    runs.assert_close(runs.ended_with(trainer), runs.ended_with(one[name][0]))
     for found, expected in zip(runs.history(trainer), runs.history(one[name][0])):
         assert found == pytest.approx(expected, rel=1e-4, abs=2e-5)
 

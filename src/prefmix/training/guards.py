@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from prefmix.policy.mixture_model import MixtureModel
+from prefmix.training.sharding import own_part
 
 SHOWN = 10
 
@@ -118,4 +119,6 @@ def _by_expert(model: MixtureModel, name: str, tensor: Tensor) -> Bool[Tensor, "
     num_experts = model.experts.num_experts
     own = name.startswith("experts.") and not name.startswith("experts.trunk.")
     stacked = own and tensor.dim() > 0 and len(tensor) == num_experts
-    return torch.isfinite(tensor).reshape(num_experts if stacked else 1, -1).all(dim=1)
+    part = own_part(tensor)  # the other processes look at the other parts
+    stacked = stacked and part is tensor
+    return torch.isfinite(part).reshape(num_experts if stacked else 1, -1).all(dim=1)

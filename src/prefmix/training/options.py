@@ -131,6 +131,9 @@ class MixtureOptions:
         False, "Run code that comes with the base model. Off: read it before you trust it."
     )
     # --- run ----------------------------------------------------------------------------------------------------------
+    sharding: Literal["none", "fsdp2"] = _field(
+        "none", "Several processes: each holds the whole model, or (fsdp2) its share of all parameters and moments."
+    )
     num_processes: int | None = _field(
         None, "Processes that this run must have; another number stops it (accelerate may start one in silence)."
     )
@@ -359,6 +362,10 @@ def _combination_problems(values: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"gate_update='fixed' with gate={gate}: only a purely global gate stays fixed; use gate=[global]"
         )
+    if values["sharding"] != "none" and (values["expert_kind"] == "independent" or values["freeze_experts"]):
+        problems.append("sharding='fsdp2': neither whole models nor frozen experts are sharded; use sharding='none'")
+    if values.get("fsdp"):
+        problems.append(f"fsdp={values['fsdp']!r}: accelerate would shard a mixture wrongly; use sharding='fsdp2'")
     if values["m_step"] != "sampled" and values["m_step_samples"] != 1:
         problems.append(f"m_step_samples with m_step={values['m_step']!r}: no effect there; use m_step='sampled'")
     if values["m_step"] != "top" and values["m_step_threshold"] != 0.1:

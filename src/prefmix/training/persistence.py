@@ -26,6 +26,7 @@ from transformers.trainer_utils import TrainOutput
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.training import checkpoint as store
+from prefmix.training import sharding
 from prefmix.training.config import MixtureConfig
 from prefmix.training.em_state import EMState
 from prefmix.training.metrics_log import Meter
@@ -66,6 +67,15 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
     @abstractmethod
     def policy(self) -> MixturePolicy:
         """The mixture as it stands."""
+
+    @abstractmethod
+    def policy_of(self, log_lik: Tensor) -> MixturePolicy:
+        """The mixture as it stands; [B, K] `log_lik` is what it says of the training rows."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a share of the experts."""
+        return sharding.is_sharded(self.mixture.experts)
 
     @property
     def run_dir(self) -> Path:
@@ -130,9 +140,17 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
         return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the policy folder atomically; null: `output_dir/policy`."""
-        if self.args.should_save:
-            self.policy.save_pretrained(output_dir or self.run_dir / POLICY)
+        """Writes the policy folder atomically; null: `output_dir/policy`. All processes call it, the first writes."""
+        folder = output_dir or self.run_dir / POLICY
+        if not self.is_sharded:
+            if self.args.should_save:
+                self.policy.save_pretrained(folder)
+            return
+        log_lik = self.refresh_evidence()
+        with sharding.whole(self.mixture.experts):
+            if self.args.should_save:
+                self.policy_of(log_lik).save_pretrained(folder)
+            self.accelerator.wait_for_everyone()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`, with the mean loss of the whole run, not of the part since it was resumed."""
@@ -227,6 +245,34 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
             store.rotate(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        state = sharding.whole_optimizer_state(self.optimizer)  # every process takes part
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        state, schedule = (
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            for name in ("optimizer.pt", "scheduler.pt")
+        )
+        sharding.load_whole_optimizer_state(self.optimizer, state)
+        self.lr_scheduler.load_state_dict(schedule)
+
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        sharding.average_other_gradients(model, lambda: self.accelerator.sync_gradients)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        return sharding.whole_tensor(super()._clip_grad_norm(model))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         self._load_trained_tensors(folder)
@@ -257,13 +303,14 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
     def _load_trained_tensors(self, folder: Path) -> None:
         saved = load_file(str(folder / store.WEIGHTS))
         assert saved.keys() == self._trained_tensors().keys(), "check_identity compares the shape of the mixture"
-        self.mixture.load_state_dict(saved, strict=False)
+        sharding.load_whole(self.mixture, saved)
 
     def _trained_tensors(self) -> dict[str, Tensor]:
         """Parameters of the experts and everything of the gate; the frozen base is not saved."""
         trained = {name for name, parameter in self.mixture.named_parameters() if parameter.requires_grad}
         state = self.mixture.state_dict()
-        return {name: value for name, value in state.items() if name in trained or name.startswith("gate.")}
+        own = {name: value for name, value in state.items() if name in trained or name.startswith("gate.")}
+        return {name: sharding.whole_tensor(value) for name, value in own.items()}
 
     def _run_state(self) -> dict[str, Tensor]:
         over_processes = partial(summed, self.accelerator)

@@ -41,6 +41,7 @@ from prefmix.training.processes import (
     summed,
 )
 from prefmix.training.result import build_policy, identity, training_log_lik, user_state
+from prefmix.training.sharding import shard
 from prefmix.training.starting_experts import FrozenExperts
 from prefmix.training.token_dropout import drop_tokens, undo_scale
 
@@ -120,6 +121,12 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if args.sharding == "fsdp2" and args.world_size > 1:
+            if self.base.source.startswith("<"):
+                raise ValueError("sharding='fsdp2' with a model object: give its folder or hub name, which others find")
+            shard(self.mixture.experts, args.device)
+            # Trainer's name for a model that places itself and reduces its own gradients: it is not wrapped again.
+            self.is_distributed_loading_by_transformers = True
         self._prepare_em(identity(args, self.base, table, self.latent))
         diagnostics.report_choices(self)
 
@@ -229,7 +236,10 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
     @property
     def policy(self) -> MixturePolicy:
         """The mixture as it stands, with what the training rows say of every user: one pass without gradient."""
-        log_lik = self.refresh_evidence()
+        return self.policy_of(self.refresh_evidence())
+
+    def policy_of(self, log_lik: Tensor) -> MixturePolicy:
+        """The mixture as it stands; [B, K] `log_lik` is what it says of the training rows."""
         return build_policy(self, user_state(self.train_comparisons.table, log_lik))
 
     def refresh_evidence(self) -> Tensor:
