@@ -20,8 +20,8 @@ FAST = {"num_train_epochs": 2, "learning_rate": 1e-2, "probe_dim": 4, "probe_res
 SMALL = DemoSettings(
     PeopleSettings(
         debates=("TV is better",),
-        min_judgements=30,
-        max_length=160,
+        min_judgements=50,
+        max_length=90,
         num_experts=2,
         options=FAST | {"per_device_train_batch_size": 1024},
     ),
@@ -30,7 +30,7 @@ SMALL = DemoSettings(
         num_users=6,
         comparisons_per_user=4,
         num_new_users=4,
-        max_length=200,
+        max_length=140,
         max_new_tokens=4,
         options=FAST | {"per_device_train_batch_size": 16},
     ),
@@ -71,12 +71,18 @@ def test_demo_tells_both_stories_and_leaves_everything_behind(tiny_base: BaseMod
 
 @pytest.mark.parametrize(
     ("low", "high", "phrase"),
-    [(0.001, 0.02, "better than single"), (-0.01, 0.02, "NOT clearly win"), (-0.02, -0.001, "does NOT win")],
+    [
+        (0.001, 0.02, "ranks held-out judgements better"),
+        (-0.01, 0.02, "NOT clearly win"),
+        (-0.02, -0.001, "does NOT win"),
+    ],
 )
 def test_verdict_says_plainly_whether_the_mixture_wins(low: float, high: float, phrase: str) -> None:
     difference = Estimate((low + high) / 2, 0.01, low, high, 1000, 50)
     result = PeopleResult(None, None, None, difference, difference)  # type: ignore[arg-type]
     assert phrase in verdict(result)
+    assert ("probabilities are worse" in verdict(result)) == (low > 0)
+    assert ("probabilities are better" in verdict(result)) == (high < 0)
 
 
 def test_choice_shares_count_first_sides() -> None:

@@ -41,7 +41,7 @@ class PeopleSettings:
     num_experts: int = 2
     options: Mapping[str, Any] = field(
         default_factory=lambda: {
-            "num_train_epochs": 5,
+            "num_train_epochs": 4,
             "per_device_train_batch_size": 1024,
             "learning_rate": 3e-3,
             "lr_scheduler_type": "cosine",
@@ -148,11 +148,15 @@ def verdict(result: PeopleResult) -> str:
     points = f"{100 * accuracy.mean:+.1f} points [{100 * accuracy.low:+.1f}, {100 * accuracy.high:+.1f}]"
     nats = f"{loss.mean:+.4f} nats [{loss.low:+.4f}, {loss.high:+.4f}]"
     if accuracy.low > 0:
-        claim = "The mixture predicts held-out judgements better than single DPO"
+        claim = "The mixture ranks held-out judgements better than single DPO"
     elif accuracy.high < 0:
-        claim = "The mixture does NOT win: it predicts held-out judgements worse than single DPO"
+        claim = "The mixture does NOT win: it ranks held-out judgements worse than single DPO"
     else:
-        claim = "The mixture does NOT clearly win: the interval of its accuracy gain holds zero"
+        claim = "The mixture does NOT clearly win in accuracy: the interval of its gain holds zero"
+    if loss.high < 0:
+        claim += "; its probabilities are better (lower log-loss)"
+    elif loss.low > 0:
+        claim += "; its probabilities are worse (higher log-loss)"
     return f"{claim}. Mixture minus single, paired, 95% over people: accuracy {points}, log-loss {nats}."
 
 

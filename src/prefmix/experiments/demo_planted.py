@@ -126,7 +126,7 @@ def run_planted(
     say(_map_text(trained.policy, user_groups(splits.train), splits.train.groups))
     prompt = _prompt(train, settings.debates[0])
     answers = answer_two_people(trained.policy, prompt, user_groups(splits.train), splits.train.groups, settings, seed)
-    say(_answers_text(prompt, answers))
+    say(_answers_text(prompt, answers, splits.train.groups))
     return PlantedResult(trained, new_people, prompt, answers, pictures)
 
 
@@ -222,9 +222,10 @@ def _prompt(rows: Sequence[Mapping[str, Any]], debate: str) -> str:
     return next(prompt for prompt in prompts if prompt.startswith(f"Debate: {debate}"))
 
 
-def _answers_text(prompt: str, answers: Sequence[Answer]) -> str:
+def _answers_text(prompt: str, answers: Sequence[Answer], groups: Sequence[str]) -> str:
+    holds = dict(zip(groups, convarg_sides()[f"{prompt}\n"], strict=True))
     lines = ["two people ask the same: " + prompt.replace("\n", " / ")]
     for answer in answers:
         weights = ", ".join(f"{weight:.2f}" for weight in answer.weights)
-        lines.append(f"\n  {answer.user} ({answer.group}; weights {weights}):\n    {answer.text}")
+        lines.append(f'\n  {answer.user} (prefers "{holds[answer.group]}"; weights {weights}):\n    {answer.text}')
     return "\n".join(lines)
