@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from prefmix.training.processes import check_processes
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+import prefmix
+from prefmix.training.options import validate_options
+from prefmix.training.processes import check_deepspeed, check_processes
+
+PROFILES = sorted((Path(prefmix.__file__).parent / "training" / "profiles").glob("*.yaml"))
 
 SILENT = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"}
 
@@ -29,3 +38,41 @@ def test_a_launcher_that_starts_one_process_in_silence_is_refused() -> None:
 def test_the_expected_number_is_asserted() -> None:
     with pytest.raises(ValueError, match="num_processes=4: this run has 2 processes"):
         check_processes(2, 4, {"WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)
+def test_profiles_are_what_accelerate_reads(profile: Path) -> None:
+    config: Any = load_config_from_file(str(profile))
+    assert config.num_processes == 2
+    assert ("deepspeed" in profile.stem) == bool(config.deepspeed_config)
+    assert profile.name in profile.read_text(encoding="utf-8").splitlines()[0]  # the command
+
+
+def test_what_deepspeed_cannot_do_is_refused() -> None:
+    def accelerator(stage: int | None) -> Any:
+        plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
+        return SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+
+    check_deepspeed(accelerator(None), "epoch")
+    check_deepspeed(accelerator(2), "no")
+    with pytest.raises(ValueError, match="zero_stage=3: .* use sharding='fsdp2'"):
+        check_deepspeed(accelerator(3), "no")
+    with pytest.raises(ValueError, match="save_strategy='epoch' under DeepSpeed"):
+        check_deepspeed(accelerator(2), "epoch")
+
+
+def test_what_cannot_be_sharded_is_refused() -> None:
+    validate_options({"sharding": "fsdp2"})
+    for fields in ({"sharding": "fsdp2", "freeze_experts": [0]}, {"fsdp": "full_shard"}):
+        with pytest.raises(ValueError, match="sharding="):
+            validate_options(fields)
+
+
+def test_m_step_fields_that_have_no_effect_are_refused() -> None:
+    validate_options({"m_step": "sampled", "m_step_samples": 2})
+    validate_options({"m_step": "top", "m_step_threshold": 0.5})
+    for fields in ({"m_step_samples": 2}, {"m_step": "sampled", "m_step_threshold": 0.5}):
+        with pytest.raises(ValueError, match="no effect there"):
+            validate_options(fields)
+    with pytest.raises(ValueError, match=r"m_step_threshold=1.5: from 0 .* to 1"):
+        validate_options({"m_step": "top", "m_step_threshold": 1.5})

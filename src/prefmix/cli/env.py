@@ -6,6 +6,7 @@ import argparse
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from prefmix import __version__
@@ -39,6 +40,7 @@ def environment() -> dict[str, Any]:
     }
     facts |= {name: _version(name) for name in _PACKAGES}
     facts |= _devices()
+    facts["profiles for accelerate"] = str(Path(__file__).parents[1] / "training" / "profiles")
     facts |= {name: os.environ[name] for name in _VARIABLES if name in os.environ}
     return facts
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from prefmix.data.collator import ComparisonDataset
 from prefmix.data.sampler import PromptGroupedSampler
@@ -32,6 +33,7 @@ from prefmix.training.metrics_log import Meter, batch_sums
 from prefmix.training.objective import Likelihoods, Taught, estep_function, held, learners_of_texts, likelihoods
 from prefmix.training.persistence import AbstractCheckpointedTrainer
 from prefmix.training.processes import (
+    check_deepspeed,
     check_processes,
     from_first_process,
     gathered,
@@ -121,6 +123,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        check_deepspeed(self.accelerator, SaveStrategy(args.save_strategy).value)
         if args.sharding == "fsdp2" and args.world_size > 1:
             if self.base.source.startswith("<"):
                 raise ValueError("sharding='fsdp2' with a model object: give its folder or hub name, which others find")
