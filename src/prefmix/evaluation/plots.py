@@ -13,6 +13,8 @@ import numpy as np
 # Okabe & Ito's palette: distinct for people with any kind of colour vision.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 GLYPHS = "●○▲△■□◆◇"
+# True groups get colours that no expert has: which expert belongs to which group is for the eye to find.
+TRUTH_PALETTE = PALETTE[4:] + PALETTE[:4]
 _TEXT = 'font-family="sans-serif" font-size="12" fill="#222"'
 
 
@@ -59,7 +61,7 @@ def group_map_svg(
             parts.append(_box(left + column * cell_width, y, cell_width - 1, cell_height - 0.5, colour))
         parts += _stacked(resp[user], strip, y, 20, cell_height - 0.5)
         if truth is not None:
-            parts.append(_box(strip + 26, y, 16, cell_height - 0.5, PALETTE[truth[user] % len(PALETTE)]))
+            parts.append(_box(strip + 26, y, 16, cell_height - 0.5, TRUTH_PALETTE[truth[user] % len(PALETTE)]))
     bottom = top + users * cell_height
     parts += _expert_brackets(resp, left, top, cell_height)
     parts += _key(bottom + 18, left, truth_names if truth is not None else ())
@@ -139,7 +141,7 @@ def _key(y: float, left: float, truth_names: Sequence[str]) -> list[str]:
         parts.append(_box(left + 130 + 62 * step, y, 14, 14, _diverging(share)))
         parts.append(_text(left + 148 + 62 * step, y + 11, ("never", "half", "always")[step]))
     for index, name in enumerate(truth_names):
-        parts.append(_box(left, y + 24 + 18 * index, 14, 14, PALETTE[index % len(PALETTE)]))
+        parts.append(_box(left, y + 24 + 18 * index, 14, 14, TRUTH_PALETTE[index % len(PALETTE)]))
         parts.append(_text(left + 22, y + 35 + 18 * index, f"true group: {name}"))
     return parts
 

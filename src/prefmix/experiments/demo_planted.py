@@ -33,6 +33,7 @@ class PlantedSettings:
         num_users: people in both groups together.
         comparisons_per_user: training comparisons of each.
         num_new_users: people whom training does not see.
+        noise: how often a person answers against their side.
         max_length: longest prompt plus argument, tokens.
         max_new_tokens: length of the answers shown.
         options: fields of `MixtureConfig`.
@@ -42,6 +43,7 @@ class PlantedSettings:
     num_users: int = 40
     comparisons_per_user: int = 16
     num_new_users: int = 20
+    noise: float = 0.1
     max_length: int = 100
     max_new_tokens: int = 48
     options: Mapping[str, Any] = field(
@@ -109,12 +111,14 @@ def run_planted(
         num_users=settings.num_users,
         comparisons_per_user=settings.comparisons_per_user,
         num_new_users=settings.num_new_users,
+        noise=settings.noise,
         seed=seed,
     )
     train, test, new = (as_chat(rows) for rows in (planted.train, planted.test, planted.new_users))
     splits = tokenize_splits(train, None, test, base, max_length=settings.max_length)
     say(
-        f"{settings.num_users} invented people: half prefer arguments for the first side, half for the other. "
+        f"{settings.num_users} invented people: half prefer arguments for the first side of each debate, half "
+        f"for the other, and {100 * settings.noise:.0f}% of answers go against the person's side. "
         f"{len(train)} training comparisons over {len(splits.train.texts)} arguments; test arguments are new."
     )
     say("training: mixture of two experts ...")
