@@ -45,7 +45,7 @@ def group_map_svg(
         A self-contained SVG document.
     """
     users, num_columns = choices.shape
-    cell_width, cell_height, left, top = 34, max(4, min(12, 480 // max(users, 1))), 120, 150
+    cell_width, cell_height, left, top = 34, max(4, min(12, 480 // max(users, 1))), 120, 175
     strip = left + num_columns * cell_width + 16
     parts = [_text(16, 26, title, size=16)]
     for column, name in enumerate(columns):

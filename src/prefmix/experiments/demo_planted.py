@@ -186,7 +186,7 @@ def choice_shares(rows: Sequence[Mapping[str, Any]], users: Sequence[str]) -> tu
         total[cell] += 1
         first[cell] += row["chosen"] in first_side[row["prompt"]]
     with np.errstate(invalid="ignore"):
-        return first / total, [prompt.splitlines()[0].removeprefix("Debate: ")[:28] for prompt in prompts]
+        return first / total, [prompt.splitlines()[0].removeprefix("Debate: ")[:26] for prompt in prompts]
 
 
 def _draw(
