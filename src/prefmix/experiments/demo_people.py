@@ -35,10 +35,18 @@ class PeopleSettings:
         options: fields of `MixtureConfig` for both models.
     """
 
-    debates: Sequence[str] | None = None
-    min_judgements: int = 30
+    debates: Sequence[str] | None = (
+        "Firefox",
+        "Human Growth",
+        "INDIA",
+        "Is porn wrong",
+        "Is the school uniform",
+        "Pro-Choice",
+        "TV is better",
+    )
+    min_judgements: int = 20
     max_length: int = 72
-    num_experts: int = 2
+    num_experts: int = 3
     options: Mapping[str, Any] = field(
         default_factory=lambda: {
             "num_train_epochs": 4,
@@ -46,7 +54,9 @@ class PeopleSettings:
             "learning_rate": 3e-3,
             "lr_scheduler_type": "cosine",
             "warmup_steps": 5,
-            "token_dropout": 0.5,
+            # To the end: people disagree a little, so the expert of most people learns fastest and would take the rest.
+            "init_hold_epochs": 4,
+            "token_dropout": 0.5,  # half the cost; see the lab notes for what it does to quality
             "group_texts": True,
             "probe_restarts": 4,
         }
