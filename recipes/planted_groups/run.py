@@ -119,7 +119,9 @@ def _options(args: argparse.Namespace, base: BaseModel) -> dict[str, Any]:
 
 
 def _write(args: argparse.Namespace, comparison: Comparison, seconds: float) -> None:
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    # Folders of this machine say nothing to others.
+    settings = {name: value for name, value in vars(args).items() if name not in ("work_dir", "output")}
+    settings["model"] = Path(args.model).name
     report = {"settings": settings, "seconds": seconds, **comparison.to_dict()}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
