@@ -6,6 +6,7 @@ options, the command line) never import torch.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from prefmix.policy.modular import CopyOf, add_expert, remove_expert, replace_expert, soup
     from prefmix.training.config import MixtureConfig
     from prefmix.training.trainer import MixtureTrainer
+
+# Read by OpenMP when torch is loaded, and yours wins: threads that spin while they wait take the cores from each other
+# where the machine is shared, and make it three to five times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 

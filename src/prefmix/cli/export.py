@@ -9,7 +9,7 @@ from prefmix.cli.loading import add_policy, load_policy
 from prefmix.cli.output import note, stdout_is_for_results
 
 NEXT = {
-    "peft": 'PeftModel.from_pretrained(base, "{0}")',
+    "peft": 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{1}"), "{0}")',
     "merged": 'AutoModelForCausalLM.from_pretrained("{0}")',
     "servers": "{0}/README.md says which servers load it and how to sample the mixture",
 }
@@ -52,13 +52,16 @@ def run(args: argparse.Namespace) -> None:
             dtype = getattr(torch, args.dtype) if args.dtype else None
             export_merged(policy, args.expert, args.output, dtype=dtype)
     print(args.output)
-    note(NEXT[args.format].format(args.output))
+    from prefmix.experts.smollm2 import loadable_source
+
+    note(NEXT[args.format].format(args.output, loadable_source(policy.config.base_source)))
 
 
 def _check(args: argparse.Namespace) -> None:
     if (args.expert is None) is (args.format != "servers"):
-        remedy = "name one with --expert 0" if args.expert is None else "leave --expert out"
-        raise ValueError(f"--format {args.format} with --expert {args.expert}: {remedy}")
+        if args.expert is None:
+            raise ValueError(f"--format {args.format}: name an expert with --expert 0 (or another number)")
+        raise ValueError(f"--format servers with --expert {args.expert}: leave --expert out, it exports all of them")
     for name, fitting in (("dtype", "merged"), ("users", "servers")):
         if getattr(args, name) and args.format != fitting:
             raise ValueError(f"--{name}: only --format {fitting} reads it")

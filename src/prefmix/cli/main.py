@@ -165,8 +165,6 @@ def _quiet_libraries(debug: bool) -> None:
     """No telemetry; libraries speak only when something is wrong; no progress bars where nobody watches."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Threads that spin while they wait take the cores from each other where the machine is shared: 3 to 5 times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")

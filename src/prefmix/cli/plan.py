@@ -47,9 +47,12 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
     plan["model"] = check_model(
         values["model"], revision=values.get("model_revision"), trust_remote_code=values.get("trust_remote_code", False)
     )
+    _check_gate(values, train)
     _check_output(Path(values["output_dir"]), values)
     plan["output_dir"] = values["output_dir"]
     plan["latent"] = _latent(values, train)
+    if (warning := identity_warning(train)) is not None and values.get("num_experts") != 1:
+        plan["note"] = warning
     plan |= {name: values.get(name, all_fields()[name].default) for name in _SHOWN}
     if plan["learning_rate"] is None:
         plan["learning_rate"] = default_learning_rate(asdict(MixtureOptions()) | values)
@@ -71,6 +74,27 @@ def _latent(values: dict[str, Any], report: ValidationReport) -> str:
     if gate_problems(values.get("gate", ["global"]), "user"):
         return "pair (the gate changes within a user)"
     return f"user (half of the users have {report.rows_per_user_median:g} rows or more)"
+
+
+def _check_gate(values: dict[str, Any], report: ValidationReport) -> None:
+    if "metadata" not in values.get("gate", ["global"]):
+        return
+    per_comparison = _latent(values, report).startswith("pair")
+    if not any(per_comparison or name.startswith("user_") for name in report.metadata_fields):
+        raise ValueError(
+            f"gate={values['gate']}: the term 'metadata' needs fields in the column 'metadata' ('user_*' ones where "
+            f"users carry the experts), and {values['train_data']} has none; add them, or leave the term out"
+        )
+
+
+def identity_warning(report: ValidationReport) -> str | None:
+    """What to say where no user repeats, so that only the prompt or metadata could tell groups apart."""
+    if report.users > report.users_with_one_row:
+        return None
+    return (
+        "no user has two rows: groups of people who disagree cannot be told apart from these rows alone. Add a `user` "
+        "column, or expect experts by prompt or metadata only (the run says before training what it finds)"
+    )
 
 
 def _check_output(folder: Path, values: dict[str, Any]) -> None:

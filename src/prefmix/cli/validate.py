@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from prefmix.cli.output import add_format, print_json, print_pairs
+from prefmix.cli.output import add_format, note, print_json, print_pairs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints what is in the rows, or every mistake with its row."""
+    from prefmix.cli.plan import identity_warning
     from prefmix.data.validation import validate
 
     report = validate(args.data, split=args.split)
@@ -23,3 +24,5 @@ def run(args: argparse.Namespace) -> None:
         print_json(report.to_dict())
     else:
         print_pairs(report.to_dict(), title=f"{args.data}: rows are sound")
+    if (warning := identity_warning(report)) is not None:
+        note(warning)

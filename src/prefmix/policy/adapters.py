@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from prefmix.experts.branches import BranchedExperts
 from prefmix.experts.interface import AbstractExperts
 from prefmix.experts.shared_base import SharedBaseExperts
+from prefmix.experts.smollm2 import loadable_source
 
 PREFIX = "base_model.model"
 HEAD = "lm_head"
@@ -90,7 +91,7 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, Any
     renamed = {f"{PREFIX}.{name}": value.contiguous() for name, value in tensors.items()}
     save_file(renamed, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     config = {
-        "base_model_name_or_path": base_source,
+        "base_model_name_or_path": loadable_source(base_source),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

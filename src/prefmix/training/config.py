@@ -33,6 +33,11 @@ class MixtureConfig(MixtureOptions, RunOptions, TrainingArguments):  # type: ign
         self.use_cpu = self.use_cpu or needs_cpu()
         if self.ddp_find_unused_parameters is None:  # a whole model that no row of a batch draws gets no gradient
             self.ddp_find_unused_parameters = self.expert_kind == "independent" and self.m_step != "all"
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False  # nothing to copy to; torch would warn at every epoch
+        if self.activation_checkpointing is None:
+            # The name that transformers calls deprecated is TRL's, so it is ours too; say it to both.
+            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
         # The trunk is loaded in bfloat16 and everything after it is float32 by construction, which autocast would undo.
         self.mixed_precision = "no"

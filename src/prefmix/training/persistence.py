@@ -174,7 +174,9 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
         if resume == "auto" and not store.checkpoints(run_dir):
             return None
         if resume in (True, "auto", "true", "True"):
-            return store.newest_intact(run_dir)
+            newest = store.newest_intact(run_dir)
+            logger.info("prefmix: resuming from %s", newest)
+            return newest
         problems = store.damage(Path(str(resume)))
         if problems:
             raise ValueError(
