@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml
 	@$(BIN)/pip install -q -e '.[dev]'
 	@touch $(STAMP)
 
-demo: setup  ## the main job on real rows and a real language model, about ten minutes on two cores
+demo: setup  ## the main job on real rows and a real language model, five to ten minutes on two cores
 	$(BIN)/prefmix demo
 
 test: setup  ## the whole suite
