@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -128,29 +127,3 @@ def own_rows(accelerator: Accelerator, everywhere: Tensor) -> Tensor:
     """The inverse of `gathered` for this process."""
     size = len(everywhere) // accelerator.num_processes
     return everywhere[accelerator.process_index * size :][:size]
-
-
-def divided(
-    accelerator: Accelerator, num_rows: int, compute: Callable[[np.ndarray], tuple[Tensor, ...]]
-) -> tuple[Tensor, ...]:
-    """Row-wise results of a whole table, of which each process computes every n-th row.
-
-    Args:
-        accelerator: knows the processes.
-        num_rows: R, at least one for each process.
-        compute: from positions [M] to tensors with M rows, on the CPU.
-
-    Returns:
-        Tensors with R rows, the same on every process.
-    """
-    if accelerator.num_processes == 1:
-        return compute(np.arange(num_rows))
-    rows = np.arange(accelerator.process_index, num_rows, accelerator.num_processes)
-    # A process without rows computes one for nothing, so that all know the shapes and take part in every exchange.
-    parts = compute(rows if len(rows) else np.zeros(1, dtype=np.int64))
-    results = []
-    for part in parts:
-        whole = part.new_zeros(num_rows, *part.shape[1:])
-        whole[torch.from_numpy(rows)] = part[: len(rows)]
-        results.append(accelerator.reduce(whole.to(accelerator.device), reduction="sum").to(part.device))
-    return tuple(results)
