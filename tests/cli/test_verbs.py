@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,6 +191,16 @@ def test_probe_finds_the_kinds(place: Path, tmp_path: Path, capsys: pytest.Captu
     assert report["agreement"]["ari"] == pytest.approx(1.0)
     assert "2 <- chosen" in printed
     assert "expert 1" in printed
+    groups = [line for line in printed.splitlines() if line.startswith("  group ")]
+    named = {line[: len("  group 0")]: set(re.findall(r"u\d", line)) for line in groups}
+    kinds = [{f"u{i}" for i in range(first, 8, 2)} for first in (0, 1)]
+    assert sorted(named.values(), key=min) == kinds
+    command = printed.splitlines()[-1]
+    assert command == f"  {report['next']['command']}"
+    assert "next: train 2 experts" in printed
+    output = ["--output_dir", str(tmp_path / "o"), "--dry_run"]
+    assert main([*shlex.split(command)[1:], *output]) == 0, "the command that is suggested runs"
+    assert "--num_experts 2 " in command and "--probe_dim 4" in command
 
 
 def test_probe_without_users_chooses_one_group(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,3 +220,4 @@ def test_probe_without_users_chooses_one_group(place: Path, tmp_path: Path, caps
     report = json.loads(capsys.readouterr().out)
     assert (report["num_experts"], report["counts"]) == (1, [])
     assert not report["identifiable"]["identified"]
+    assert "--num_experts 1 " in report["next"]["command"]

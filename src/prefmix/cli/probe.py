@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from prefmix.cli.loading import read_checked_rows
 from prefmix.cli.model_check import check_model
 from prefmix.cli.output import add_format, note, print_json, stdout_is_for_results
+from prefmix.training.options import MixtureOptions
 
 if TYPE_CHECKING:
     from prefmix.experiments.probe_report import ProbeReport
@@ -43,10 +46,33 @@ def run(args: argparse.Namespace) -> None:
     check_model(args.model)
     with stdout_is_for_results():
         report = _probe(args, rows)
+    advice, command = next_step(report), train_command(args, report.num_experts)
+    entries = report.to_dict() | {"next": {"advice": advice, "command": command}}
     if args.output:
-        Path(args.output).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+        Path(args.output).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
         note(f"wrote the report to {args.output}")
-    print_json(report.to_dict()) if args.format == "json" else print(report.text())
+    print_json(entries) if args.format == "json" else print(f"{report.text()}\n\nnext: {advice}\n  {command}")
+
+
+def next_step(report: ProbeReport) -> str:
+    """What to do with the answer, in one line."""
+    if report.num_experts > 1:
+        return f"train {report.num_experts} experts, one a group"
+    if report.identifiable.identified:
+        return "one group predicts as well as several, so train one expert (that is plain DPO)"
+    return "more rows a user or metadata may part groups; until then, train one expert (that is plain DPO)"
+
+
+def train_command(args: argparse.Namespace, num_experts: int) -> str:
+    """`prefmix train` on the same rows and states; each flag is also a field of a recipe (`prefmix init`)."""
+    words = ["prefmix", "train", "--model", args.model, "--train_data", args.data]
+    words += ["--train_split", args.split] if args.split else []
+    words += ["--output_dir", "out", "--num_experts", str(num_experts)]
+    defaults = {option.name: option.default for option in dataclasses.fields(MixtureOptions)}
+    for name in ("probe_dim", "probe_restarts", "max_length", "cache_dir"):
+        if (value := getattr(args, name)) != defaults[name]:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
 
 
 def _probe(args: argparse.Namespace, rows: list[dict[str, Any]]) -> ProbeReport:

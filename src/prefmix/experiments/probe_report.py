@@ -20,7 +20,7 @@ from torch import Tensor
 from prefmix.data.comparisons import ComparisonTable
 from prefmix.data.users import latent_groups, num_latent_groups
 from prefmix.evaluation.metrics import Agreement, adjusted_rand_index, agreement, usage
-from prefmix.evaluation.plots import group_map_text
+from prefmix.evaluation.plots import group_map_text, user_order
 from prefmix.evaluation.report import finite, plain_table
 from prefmix.experiments.probe_baseline import user_groups
 from prefmix.experts.trunk_cache import TrunkStates
@@ -29,6 +29,7 @@ from prefmix.mixture.identifiability import Identifiability, identifiability
 from prefmix.mixture.probe import ProbeResult, fit_probe, probe_predict
 
 HELD_OUT_SHARE = 0.25
+SHOWN_USERS = 8
 
 
 class GroupCount(NamedTuple):
@@ -92,7 +93,7 @@ class ProbeReport:
         return finite(entries)
 
     def text(self) -> str:
-        """For a terminal: the diagnosis, the table over K, and a map of the users."""
+        """For a terminal: the diagnosis, the table over K, a map of the users, and who they are."""
         parts = [f"{self.comparisons} comparisons, {self.users} users: {self.identifiable.reason}"]
         if self.counts:
             header = ["groups", "held-out log-loss", "accuracy", "worse than best by", "restarts agree"]
@@ -105,6 +106,8 @@ class ProbeReport:
         if len(self.resp):
             known = (self.truth >= 0).all()
             parts.append(group_map_text(self.resp, self.truth.tolist() if known else None))
+        if len(self.resp) and self.num_experts > 1:
+            parts.append(members_text(self.resp, self.names))
         return "\n\n".join(parts)
 
 
@@ -158,6 +161,23 @@ def probe_rows(
         truth=truth,
         names=table.users,
     )
+
+
+def members_text(resp: Float[np.ndarray, "U K"], names: Sequence[str], shown: int = SHOWN_USERS) -> str:
+    """Users under their most probable group, the surest first, one line a group.
+
+    Args:
+        resp: [U, K] posterior of each user.
+        names: U names.
+        shown: names in a line; the others are counted.
+    """
+    lines = []
+    for group in range(resp.shape[1]):
+        members = [user for user in user_order(resp) if resp[user].argmax() == group]
+        listed = [f"{names[user]} {resp[user, group]:.2f}" for user in members[:shown]]
+        listed += [f"and {len(members) - shown} more (--output lists all)"] if len(members) > shown else []
+        lines.append(f"  group {group}, {len(members)} users: {', '.join(listed) or '-'}")
+    return "\n".join(lines)
 
 
 class _Rows(NamedTuple):
