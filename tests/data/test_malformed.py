@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from prefmix.data.errors import DataError
+from prefmix.data.readers import read_source
 from prefmix.data.validation import validate
 
 GOOD = {"prompt": "Sky?", "chosen": " blue", "rejected": " green", "user": "anna"}
@@ -69,7 +70,7 @@ CASES = {
     "not UTF-8": Case(jsonl(GOOD) + b'{"prompt": "caf\xe9"}\n', ("line 2", "is not UTF-8 (byte 0xe9", "as UTF-8")),
     "truncated gzip": Case(gzip.compress(row())[:-9], ("the gzip file ends early", "download it again"), "d.jsonl.gz"),
     "not gzip": Case(row(), ("not a sound gzip file", "download it again"), "data.jsonl.gz"),
-    "json array of texts": Case(b'[{"chosen": "a"}, "b"]', ("item 2", "is str 'b', not an object"), "data.json"),
+    "json array of texts": Case(json.dumps([GOOD, "b"]).encode(), ("item 2", "is str 'b', not an object"), "data.json"),
     "json object": Case(b'{"chosen": ["a"]}', ("is a JSON dict, not an array", "Write an array"), "data.json"),
     "jsonl named json": Case(
         jsonl(GOOD, GOOD), ("line 2", "not JSON: Extra data", "name the file .jsonl"), "data.json"
@@ -247,6 +248,27 @@ def test_all_lines_that_are_not_json_are_found(tmp_path: Path):
     with pytest.raises(DataError) as caught:
         validate(path)
     assert [error.where for error in caught.value.errors] == ["line 1", "line 3"]
+
+
+def test_lines_that_are_no_rows_do_not_hide_the_mistakes_of_the_others(tmp_path: Path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(jsonl(GOOD, b"{", {**GOOD, "weight": -1}, b"[1]", *[b"}"] * 20))
+    with pytest.raises(DataError) as caught:
+        validate(path)
+    assert [error.where for error in caught.value.errors][:4] == ["line 2", "line 3", "line 4", "line 5"]
+    assert caught.value.errors[1].field == "weight"
+    lines = str(caught.value).splitlines()
+    assert lines[0].endswith("23 errors") and lines[-1].strip() == "... and 13 more"
+    with pytest.raises(DataError, match="22 errors"):
+        read_source(path)
+
+
+def test_records_that_are_not_csv_do_not_hide_each_other(tmp_path: Path):
+    path = tmp_path / "data.csv"
+    path.write_bytes(b'prompt,chosen,rejected,weight\na,b\na,"b"x,c,1\na,b,c,-1\na,b,c,1\nx,"never closed,c,1\n')
+    with pytest.raises(DataError) as caught:
+        validate(path)
+    assert [error.where for error in caught.value.errors] == ["line 2", "line 3", "line 4", "line 6"]
 
 
 def test_text_files_are_validated_without_anything_heavy(tmp_path: Path):

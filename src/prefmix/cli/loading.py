@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from prefmix.data.readers import read_source
-from prefmix.data.schema import check_rows
+from prefmix.data.validation import read_checked
 from prefmix.policy.config import PolicyConfig
 from prefmix.policy.folder import CONFIG_FILE, find_policy
 
@@ -47,6 +46,4 @@ def read_checked_rows(source: str, split: str | None = None) -> list[dict[str, A
     Raises:
         DataError: all mistakes, each with its row.
     """
-    found = read_source(source, split)
-    check_rows(found.rows, where=found.where, source=found.name)
-    return found.rows
+    return read_checked(source, split).source.rows

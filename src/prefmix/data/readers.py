@@ -32,12 +32,14 @@ class RowSource(NamedTuple):
         rows: the rows, every column kept.
         unit: `line` (of a text file), `item` (of a JSON array) or `row`.
         numbers: for each row, its place counted from 1.
+        unreadable: what is wrong with records that gave no row; `read_source` refuses a source that has any.
     """
 
     name: str
     rows: list[dict[str, Any]]
     unit: str
     numbers: Sequence[int]
+    unreadable: Sequence[RowError] = ()
 
     def where(self, index: int) -> str:
         """The place of row `index` (zero-based), such as "line 3"."""
@@ -61,6 +63,14 @@ def read_source(source: Source, split: str | None = None) -> RowSource:
     Raises:
         DataError: naming the file, the line, and what to do.
     """
+    found = read_readable(source, split)
+    if found.unreadable:
+        raise DataError(found.name, found.unreadable)
+    return found
+
+
+def read_readable(source: Source, split: str | None = None) -> RowSource:
+    """As `read_source`, but records that give no row are listed in `unreadable`, so that all mistakes come at once."""
     if isinstance(source, str | Path):
         return _read_path(source, split)
     if "datasets" in sys.modules:
@@ -120,9 +130,9 @@ def _read_file(path: Path) -> RowSource:
     if path.stat().st_size == 0:
         raise DataError(str(path), [RowError("", "", "the file is empty", "Write at least one comparison into it.")])
     found = reader(path)
-    if not found.rows:
+    if not found.rows and not found.unreadable:
         raise DataError(str(path), [RowError("", "", "holds no rows", "Write at least one comparison into it.")])
-    return RowSource(str(path), found.rows, found.unit, found.numbers)
+    return RowSource(str(path), *found)
 
 
 def _read_parquet(path: Path) -> FileRows:
@@ -172,7 +182,7 @@ def _read_folder(folder: Path, split: str | None) -> RowSource:
         raise DataError(str(folder), [RowError("", "split", problem, "Name the file itself, or another split.")])
     if len(matching) == 1:
         return _read_file(folder / matching[0])
-    rows = [row for path in matching for row in _read_file(folder / path).rows]
+    rows = [row for path in matching for row in read_source(folder / path).rows]
     return _in_order(str(folder), rows)
 
 

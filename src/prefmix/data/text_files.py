@@ -10,7 +10,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,11 +29,13 @@ class FileRows(NamedTuple):
         rows: the rows.
         unit: how a person counts them: `line`, `row` or `item`.
         numbers: where each row begins, counted from 1.
+        unreadable: what is wrong with records that gave no row.
     """
 
     rows: list[dict[str, Any]]
     unit: str
     numbers: list[int]
+    unreadable: Sequence[RowError] = ()
 
 
 def read_bytes(path: Path) -> bytes:
@@ -63,13 +65,12 @@ def read_jsonl(path: Path) -> FileRows:
             numbers.append(number)
         except _Malformed as error:
             remedy = error.remedy or _ONE_OBJECT_A_LINE
-            if not rows and line.lstrip().startswith(b"["):  # an array: nothing that follows is worth a message
+            # An array: nothing that follows is worth a message.
+            if not rows and not errors and line.lstrip().startswith(b"["):
                 array = "One JSON array of objects belongs into a file named .json; .jsonl has one object a line."
                 raise DataError(str(path), [RowError(f"line {number}", "", error.problem, array)]) from None
             errors.append(RowError(f"line {number}", "", error.problem, remedy))
-    if errors:
-        raise DataError(str(path), errors)
-    return FileRows(rows, "line", numbers)
+    return FileRows(rows, "line", numbers, errors)
 
 
 def read_json(path: Path) -> FileRows:
@@ -82,15 +83,14 @@ def read_json(path: Path) -> FileRows:
     if not isinstance(value, list):
         problem = f"is a JSON {type(value).__name__}, not an array"
         raise DataError(str(path), [RowError("", "", problem, "Write an array of objects.")])
-    errors, rows = [], []
+    rows, numbers, errors = [], [], []
     for number, item in enumerate(value, start=1):
         try:
             rows.append(_as_row(item))
+            numbers.append(number)
         except _Malformed as error:
             errors.append(RowError(f"item {number}", "", error.problem, error.remedy or "Write an array of objects."))
-    if errors:
-        raise DataError(str(path), errors)
-    return FileRows(rows, "item", list(range(1, len(rows) + 1)))
+    return FileRows(rows, "item", numbers, errors)
 
 
 def read_csv(path: Path) -> FileRows:
@@ -106,10 +106,13 @@ def read_csv(path: Path) -> FileRows:
         raise DataError(str(path), [RowError(f"line {line}", "", *_not_utf8(error))]) from None
     csv.field_size_limit(2**31 - 1)
     delimiter = "\t" if ".tsv" in path.suffixes else ","
-    records = _csv_records(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), path)
+    errors: list[RowError] = []
+    records = _csv_records(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), errors)
     _, header = next(records, (1, []))
+    if errors:  # no header, so no column has a name
+        raise DataError(str(path), errors)
     _check_header(header, path)
-    rows, numbers, errors = [], [], []
+    rows, numbers = [], []
     for line, cells in records:
         if len(cells) != len(header):
             problem = f"has {len(cells)} columns, the header has {len(header)} ({', '.join(header)})"
@@ -117,9 +120,7 @@ def read_csv(path: Path) -> FileRows:
             continue
         rows.append({name: _cell(name, cell) for name, cell in zip(header, cells, strict=True)})
         numbers.append(line)
-    if errors:
-        raise DataError(str(path), errors)
-    return FileRows(rows, "line", numbers)
+    return FileRows(rows, "line", numbers, errors)
 
 
 class _Malformed(Exception):
@@ -165,8 +166,8 @@ def _not_utf8(error: UnicodeDecodeError) -> tuple[str, str]:
     return f"is not UTF-8 (byte 0x{byte:02x} at position {error.start})", "Save the file as UTF-8."
 
 
-def _csv_records(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Every record that is not empty, with the line on which it begins."""
+def _csv_records(reader: Any, errors: list[RowError]) -> Iterator[tuple[int, list[str]]]:
+    """Every record that is not empty, with the line on which it begins; what is no record is added to `errors`."""
     while True:
         line = reader.line_num + 1
         try:
@@ -175,7 +176,8 @@ def _csv_records(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
             return
         except csv.Error as error:
             remedy = "Close the quotes, and double a quote inside quotes."
-            raise DataError(str(path), [RowError(f"line {line}", "", f"is not CSV: {error}", remedy)]) from None
+            errors.append(RowError(f"line {line}", "", f"is not CSV: {error}", remedy))
+            continue
         if cells:
             yield line, cells
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from prefmix.data.readers import Source, read_source
+from prefmix.data.errors import DataError, RowError
+from prefmix.data.readers import RowSource, Source, read_readable
 from prefmix.data.responses import TOKEN_COLUMNS
-from prefmix.data.schema import PreferenceRow, check_rows
+from prefmix.data.schema import CheckedRows, PreferenceRow, check_rows
 
 KNOWN_COLUMNS = (
     *("prompt", "chosen", "rejected", "user", "group", "weight", "metadata", "tie", "tools", "chat_template_kwargs"),
@@ -74,6 +76,40 @@ class ValidationReport:
         return asdict(self)
 
 
+class CheckedSource(NamedTuple):
+    """Rows as they were read, and as they were checked."""
+
+    source: RowSource
+    checked: CheckedRows
+
+
+def read_checked(source: Source, split: str | None = None) -> CheckedSource:
+    """Reads and checks rows; lines that are no rows at all do not hide the mistakes of the others.
+
+    Args:
+        source: everything that `readers.read_source` reads.
+        split: which split, where the source has several.
+
+    Raises:
+        DataError: all mistakes, each with place, field, value and remedy.
+    """
+    found = read_readable(source, split)
+    errors = list(found.unreadable)
+    if found.rows or not errors:
+        try:
+            checked = check_rows(found.rows, where=found.where, source=found.name)
+        except DataError as error:
+            errors += error.errors
+    if errors:
+        raise DataError(found.name, sorted(errors, key=_place))
+    return CheckedSource(found, checked)
+
+
+def _place(error: RowError) -> int:
+    number = re.search(r"\d+", error.where)
+    return int(number.group()) if number else 0
+
+
 def validate(source: Source, split: str | None = None) -> ValidationReport:
     """Reads and checks rows, and counts what is in them.
 
@@ -84,8 +120,7 @@ def validate(source: Source, split: str | None = None) -> ValidationReport:
     Raises:
         DataError: all mistakes, each with place, field, value and remedy.
     """
-    found = read_source(source, split)
-    checked = check_rows(found.rows, where=found.where, source=found.name)
+    found, checked = read_checked(source, split)
     per_user = Counter(row.attributes.user for row in checked.rows if row.attributes.user is not None)
     weights = [row.attributes.weight for row in checked.rows]
     columns = dict.fromkeys(column for row in found.rows for column in row)
