@@ -94,7 +94,16 @@ CASES = {
     "csv not UTF-8": Case(
         b"prompt,chosen,rejected\ncaf\xe9,b,c\n", ("line 2", "is not UTF-8", "Save the file as UTF-8"), "data.csv"
     ),
-    "broken parquet": Case(b"PAR1 no", ("not a sound Parquet file", "Write or download it again"), "data.parquet"),
+    "broken parquet": Case(
+        b"PAR1 no", ("not a sound Parquet file", "ends early", "Write or download it again"), "data.parquet"
+    ),
+    "text named parquet": Case(jsonl(GOOD), ("it begins with b'{\"pr'", "Write or download it again"), "data.parquet"),
+    "parquet without its footer": Case(
+        b"PAR1 data " + (999).to_bytes(4, "little") + b"PAR1", ("footer is longer than the file",), "data.parquet"
+    ),
+    "parquet with a damaged footer": Case(
+        b"PAR1 data " + (4).to_bytes(4, "little") + b"PAR1", ("not a sound Parquet file", "again"), "data.parquet"
+    ),
     # --- columns ---------------------------------------------------------------------------------------------------
     "no chosen column": Case(
         jsonl({"prompt": "a", "preferred": "b", "rejected": "c"}),
@@ -277,12 +286,13 @@ def test_text_files_are_validated_without_anything_heavy(tmp_path: Path):
         "bad.jsonl": row(weight=-1),
         "good.json": json.dumps([GOOD]).encode(),
         "good.csv": b"prompt,chosen,rejected\na,b,c\n",
+        "bad.parquet": b"PAR1 and then nothing more",
     }.items():
         (tmp_path / name).write_bytes(content)
     program = (
         "import sys\n"
         "from prefmix.data.validation import validate\n"
-        "for name in ('good.jsonl', 'bad.jsonl', 'good.json', 'good.csv', 'none.jsonl'):\n"
+        "for name in ('good.jsonl', 'bad.jsonl', 'good.json', 'good.csv', 'bad.parquet', 'none.jsonl'):\n"
         "    try:\n"
         "        validate(name)\n"
         "    except ValueError as error:\n"
@@ -293,4 +303,4 @@ def test_text_files_are_validated_without_anything_heavy(tmp_path: Path):
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60
     )
-    assert done.stdout.splitlines() == ["bad.jsonl refused", "none.jsonl refused", "heavy []"]
+    assert done.stdout.splitlines() == ["bad.jsonl refused", "bad.parquet refused", "none.jsonl refused", "heavy []"]
