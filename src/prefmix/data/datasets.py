@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from prefmix.data.cache_folder import cache_folder
 from prefmix.data.convarg import load_convarg
 
 Split = Literal["train", "validation", "test"]
@@ -190,11 +191,6 @@ def _movielens_records(file: str) -> list[dict[str, Any]]:
         {"title": item[1], "genres": [genre for genre, flag in zip(genres, item[5:], strict=True) if flag == "1"]}
         for item in films.values()
     ]
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: PREFMIX_CACHE, else `~/.cache/prefmix`."""
-    return Path(os.environ.get("PREFMIX_CACHE") or Path.home() / ".cache" / "prefmix")
 
 
 def _download(url: str, md5: str) -> bytes:

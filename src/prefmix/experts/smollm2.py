@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from prefmix.experts.cache_folder import cache_folder
+from prefmix.data.cache_folder import cache_folder
 from prefmix.experts.hub import hub_answers
 
 logger = logging.getLogger(__name__)

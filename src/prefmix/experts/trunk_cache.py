@@ -23,7 +23,7 @@ from torch import Tensor
 
 from prefmix.data.comparisons import TextTable
 from prefmix.experts.base_model import BaseModel
-from prefmix.experts.cache_folder import cache_folder
+from prefmix.data.cache_folder import cache_folder
 from prefmix.experts.interface import PackedStates
 from prefmix.experts.known_texts import find_known_texts, text_keys
 from prefmix.experts.text_pass import TextBatch, predicted_lengths, read_prompts, read_texts
