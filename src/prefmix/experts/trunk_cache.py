@@ -21,9 +21,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from prefmix.data.cache_folder import cache_folder
 from prefmix.data.comparisons import TextTable
 from prefmix.experts.base_model import BaseModel
-from prefmix.data.cache_folder import cache_folder
 from prefmix.experts.interface import PackedStates
 from prefmix.experts.known_texts import find_known_texts, text_keys
 from prefmix.experts.text_pass import TextBatch, predicted_lengths, read_prompts, read_texts

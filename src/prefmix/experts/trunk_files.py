@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from prefmix.data.durable_files import sync
+
 FORMAT_VERSION = 2
 _MANIFEST, _TABLES, _HIDDEN = "manifest.json", "tables.safetensors", "hidden.bin"
 # 65,536 blocks of 4 kB: a file below 256 MB is checked whole, a larger one evenly in under a second.
@@ -37,7 +39,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         yield folder
         for file in folder.iterdir():
-            _sync(file)
+            sync(file)
         if target.exists():
             shutil.rmtree(target)
         try:
@@ -45,7 +47,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         except OSError:
             if not target.exists():  # else another process wrote the same content in this moment
                 raise
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -107,11 +109,3 @@ def _fingerprint(file: Path) -> dict[str, int | str]:
                 stream.seek((blocks - 1) * i // (_MOST_BLOCKS - 1) * _BLOCK)
                 digest.update(stream.read(_BLOCK))
     return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,7 +8,6 @@ complete one that waits beside it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +15,8 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from prefmix.data.durable_files import file_sha256, sync
 
 CONFIG_FILE = "mixture_config.json"
 MANIFEST = "manifest.json"
@@ -43,7 +44,7 @@ def replacing_folder(target: Path, marker: str) -> Iterator[Path]:
     try:
         yield staging
         _write_manifest(staging)
-        _sync_tree(staging)
+        sync_tree(staging)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -117,7 +118,7 @@ def damaged_files(folder: Path) -> list[str]:
     for name, expected in entries.items():
         if not (folder / name).is_file():
             problems.append(f"{name} is missing")
-        elif _sha256(folder / name) != expected:
+        elif file_sha256(folder / name) != expected:
             problems.append(f"{name} has changed since it was saved")
     return problems
 
@@ -126,38 +127,24 @@ def _replaceable(target: Path, marker: str) -> bool:
     return target.is_dir() and ((target / marker).is_file() or not any(target.iterdir()))
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _write_manifest(folder: Path) -> None:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     names = {file.relative_to(folder).as_posix(): file for file in files}
-    hashes = {name: _sha256(file) for name, file in names.items() if name not in UNHASHED}
+    hashes = {name: file_sha256(file) for name, file in names.items() if name not in UNHASHED}
     (folder / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=2) + "\n", encoding="utf-8")
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Forces every file and folder in `folder`, and itself, to the disk."""
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder for syncing
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
 
 
 def _swap(staging: Path, target: Path) -> None:
     if target.exists():
         os.rename(target, target.parent / staging.name.replace(f".{target.name}.new-", f".{target.name}.old-"))
     os.rename(staging, target)
-    _sync(target.parent)
+    sync(target.parent)
     for kind in ("new", "old"):
         for leftover in target.parent.glob(f".{target.name}.{kind}-*"):
             shutil.rmtree(leftover, ignore_errors=True)

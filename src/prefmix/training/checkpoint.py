@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from prefmix.data.durable_files import file_sha256, sync
+
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "trainable.safetensors"
@@ -52,17 +54,17 @@ def staging_folder(run_dir: Path, step: int) -> Path:
 def publish(run_dir: Path, step: int, identity: Mapping[str, Any]) -> Path:
     """Turns the staging folder of `step` into `checkpoint-<step>`, replacing a damaged one of that name."""
     staging, target = staging_folder(run_dir, step), run_dir / f"checkpoint-{step}"
-    files = {file.name: _sha256(file) for file in sorted(staging.iterdir())}
+    files = {file.name: file_sha256(file) for file in sorted(staging.iterdir())}
     assert set(REQUIRED) <= set(files), f"a checkpoint holds {REQUIRED}"
     for name in files:
-        _sync(staging / name)
+        sync(staging / name)
     (staging / MANIFEST).write_text(_manifest_text(Manifest(step, identity, files)), encoding="utf-8")
-    _sync(staging / MANIFEST)
-    _sync(staging)
+    sync(staging / MANIFEST)
+    sync(staging)
     if target.exists():
         _delete(target)
     os.rename(staging, target)
-    _sync(run_dir)
+    sync(run_dir)
     return target
 
 
@@ -104,7 +106,7 @@ def damage(checkpoint: Path) -> list[str]:
             problems.append(f"{MANIFEST} does not list {name}")
         elif not (checkpoint / name).is_file():
             problems.append(f"{name} is missing")
-        elif _sha256(checkpoint / name) != manifest.files[name]:
+        elif file_sha256(checkpoint / name) != manifest.files[name]:
             problems.append(f"{name} is damaged (its SHA-256 is not the one that was saved)")
     return problems
 
@@ -177,9 +179,9 @@ def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` on a temporary path beside `file`, forces it to the disk and renames it into place."""
     temporary = file.with_name(f".{file.name}.part")
     write(temporary)
-    _sync(temporary)
+    sync(temporary)
     os.rename(temporary, file)
-    _sync(file.parent)
+    sync(file.parent)
 
 
 def _step(checkpoint: Path) -> int:
@@ -203,18 +205,3 @@ def _manifest_text(manifest: Manifest) -> str:
 
 def _digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder for syncing
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
