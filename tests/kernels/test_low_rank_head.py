@@ -14,7 +14,7 @@ from prefmix.kernels.low_rank_head import head_log_probs
 from prefmix.kernels.tiles import Tiles
 
 # Tiles that cut both texts and vocabulary.
-NUM_TEXTS = 5
+NUM_TEXTS, VOCAB = 5, 333
 TILES = Tiles(tokens=16, vocab=100)
 
 
@@ -161,11 +161,31 @@ def test_low_rank_part_stays_float32_under_autocast(make_problem):
 
 
 def test_memory_does_not_hold_the_logits(make_problem):
-    # A tile of [16, 100] must suffice: no tensor as large as [T, V] may be made, forward or backward.
+    # Without a budget a tile of [16, 100] must suffice: no tensor as large as [T, V] may be made.
     problem = make_problem(2)
     with torch.profiler.profile(profile_memory=True) as profile:
-        answer(problem, "chunked")
+        answer(problem, "chunked", TILES._replace(kept_bytes=0))
     largest = max(
         event.cpu_memory_usage for event in profile.events() if event.name in ("aten::empty", "aten::resize_")
     )
     assert largest < 4 * len(problem.targets) * len(problem.base_weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", [0, 20, 63])
+def test_kept_logits_do_not_change_the_answer(make_problem, dtype, kept):
+    """None, some (a part of the tokens goes each way) and all: the same products, only sums over parts differ."""
+    problem = make_problem(2, dtype=dtype, bias=True)
+    budget = kept * VOCAB * problem.base_weight.element_size()
+    found, expected = answer(problem, "chunked", TILES._replace(kept_bytes=budget)), answer(problem, "chunked")
+    assert max(relative_errors(found, expected).values()) < 1e-6
+
+
+def test_kept_logits_serve_a_second_backward(make_problem):
+    problem = make_problem(2)
+    up = problem.up.clone().requires_grad_()
+    result = head_log_probs(*problem[:3], NUM_TEXTS, problem.base_weight, problem.down, up, tiles=TILES)
+    loss = (result.log_probs * problem.grad).sum()
+    (first,) = torch.autograd.grad(loss, up, retain_graph=True)
+    answer(problem, "chunked")  # another step, which must not write into what the first one kept
+    assert torch.equal(first, torch.autograd.grad(loss, up)[0])

@@ -58,7 +58,7 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def backward_products(problem: Any, head: str) -> int:
+def backward_products(problem: Any, head: str, tiles: Tiles) -> int:
     """Multiplications of the backward pass alone, the gradient to the parameters only."""
     problem = problem._replace(hidden=problem.hidden.detach())
     leaves = [problem.down, problem.up]
@@ -67,27 +67,29 @@ def backward_products(problem: Any, head: str) -> int:
     leaves = [x.clone().requires_grad_() for x in leaves]
     texts = (problem.hidden, problem.targets, problem.segments, 5, problem.base_weight)
     function: Any = full_head_log_probs if head == "full" else head_log_probs
-    result = function(*texts, *leaves, tiles=TILES)
+    result = function(*texts, *leaves, impl="chunked", tiles=tiles)
     with Products() as products:
         torch.autograd.grad((result.log_probs * problem.grad).sum(), leaves)
     return products.count
 
 
+@pytest.mark.parametrize("kept_bytes", [0, 2**20], ids=["nothing kept", "kept"])
 @pytest.mark.parametrize("head", ["low rank", "full"])
-def test_work_falls_with_what_is_learned(make_problem: Any, head: str) -> None:
+def test_work_falls_with_what_is_learned(make_problem: Any, head: str, kept_bytes: int) -> None:
     problem = make_problem(lengths=[16] * 5)
     tokens, hidden = problem.hidden.shape
     (vocab, _), rank = problem.base_weight.shape, problem.down.shape[1]
     # Of one expert and all tokens: probabilities, gradient to A h, gradient to B; or logits and gradient to W.
     expert = 3 * tokens * vocab * rank if head == "low rank" else 2 * tokens * vocab * hidden
-    shared = tokens * vocab * hidden if head == "low rank" else 0
+    # Base logits are computed again for the tokens that somebody learns from, unless the forward kept them.
+    shared = tokens * vocab * hidden if head == "low rank" and not kept_bytes else 0
     patterns = {"all": [[1, 1, 1]] * 5, "one": [[0, 1, 0]] * 5, "none": [[0, 0, 0]] * 5}
     patterns["one for each of two texts"] = [[1, 0, 0], [0, 0, 1], *[[0, 0, 0]] * 3]
     share = {"all": 3 * expert + shared, "one": expert + shared, "none": 0}
     share["one for each of two texts"] = 2 * (expert + shared) // 5
     for name, pattern in patterns.items():
         sparse = problem._replace(grad=problem.grad * torch.tensor(pattern))
-        assert backward_products(sparse, head) == share[name], name
+        assert backward_products(sparse, head, TILES._replace(kept_bytes=kept_bytes)) == share[name], name
 
 
 def test_projections_of_experts_without_gradient_are_skipped() -> None:

@@ -16,16 +16,23 @@ LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 
 
+# 2,730 tokens of 49,152 float32 logits, twice as many in bfloat16; a batch of four pairs needs a fraction.
+_KEPT_BYTES = 512 * 2**20
+
+
 class Tiles(NamedTuple):
-    """Largest tile of logits that a kernel holds at once.
+    """Largest tile of logits that a kernel holds at once, and what low-rank heads may keep.
 
     Attributes:
         tokens: rows of a tile; each chunk of tokens reads the output head from memory once.
         vocab: columns of a tile.
+        kept_bytes: base logits, shared by all experts, that a forward may keep for its backward; for tokens beyond
+            it they are computed twice.
     """
 
     tokens: int
     vocab: int
+    kept_bytes: int = _KEPT_BYTES
 
 
 # CPU: two float32 tiles of 1024 x 1024 take 8 MB (last-level cache), and a thousand rows make the read of the head
