@@ -46,3 +46,28 @@ def test_a_dying_and_a_duplicated_expert_are_named_once_nothing_is_held(
         trainer.hold_steps = 0
         warn_of_collapse(trainer)
     assert "expert 2 explains 1.0%" in caplog.text and "experts 0 and 1 have the same margins" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("label_noise", "remedy"), [(0.0, "; set label_noise"), (0.05, "; raise label_noise (now 0.05)")]
+)
+def test_posteriors_that_are_surer_than_people_are_consistent_get_a_remedy_at_the_end(
+    make_trainer: Make, make_rows: Any, caplog: pytest.LogCaptureFixture, label_noise: float, remedy: str
+) -> None:
+    same = make_rows(8, 4, seed=1)
+    fickle = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in same]
+    options = {"eval_strategy": "epoch", "learning_rate": 0.05, "beta": 1.0, "init_hold_epochs": 2, "init": "labels"}
+    options |= {"label_noise": label_noise, "save_strategy": "no", "overwrite_output_dir": True}
+    for data, said in ((same, 0), (fickle, 1)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="prefmix"):
+            make_trainer(eval_data=data, **options).train()
+        assert caplog.text.count("label_noise") == said
+        assert (remedy in caplog.text) == bool(said)
+
+
+def test_several_held_out_sets_and_none_at_all_end_in_peace(make_trainer: Make, make_rows: Any) -> None:
+    sets = {"near": make_rows(8, 2, seed=1), "far": make_rows(8, 2, seed=2)}
+    for data, strategy in ((sets, "epoch"), (None, "no")):
+        fields = {"eval_strategy": strategy, "overwrite_output_dir": True, "save_strategy": "no"}
+        assert make_trainer(eval_data=data, **fields).train().global_step == 12

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from prefmix.training.checkpoint import write_atomically
-from prefmix.training.diagnostics import warn_of_collapse
+from prefmix.training.diagnostics import warn_of_collapse, warn_of_overconfidence
 from prefmix.training.persistence import METRICS
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ class EMCallback(TrainerCallback):
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Warns of experts that die or repeat each other."""
         warn_of_collapse(self._trainer)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Says what would help where users' posteriors are too sure."""
+        warn_of_overconfidence(self._trainer)
 
 
 class MetricsFileCallback(TrainerCallback):

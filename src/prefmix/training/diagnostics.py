@@ -1,4 +1,4 @@
-"""What a run says to people: the choices that "auto" stands for, whether groups can be found, signs of collapse."""
+"""What a run says to people: the choices behind "auto", whether groups can be found, collapse, overconfidence."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PROMPT_DIRECTIONS = 16
+# Nats by which personalisation may lose before it is worth a line: less is the noise of a small held-out set.
+LOSS_MARGIN = 0.01
 
 
 def report_choices(trainer: MixtureTrainer) -> None:
@@ -82,3 +84,20 @@ def warn_of_collapse(trainer: MixtureTrainer) -> None:
     margins = table - torch.log(-torch.expm1(table.clamp(max=-1e-7)))  # logit of p_k, which is the margin without noise
     for warning in find_collapse(usage, margins[trainer.em.evidence.visited.cpu()]):
         logger.warning("prefmix: %s", warning.message)
+
+
+def warn_of_overconfidence(trainer: MixtureTrainer) -> None:
+    """Warns where users' posteriors predicted the last held-out rows worse than the gate alone did."""
+    last = {name: value for line in trainer.state.log_history for name, value in line.items()}
+    suffix = "population_loss"
+    held_out = [(last[name.replace(suffix, "loss")], last[name]) for name in last if name.endswith(suffix)]
+    worse = [(personal, gate) for personal, gate in held_out if personal > gate + LOSS_MARGIN]
+    if not worse or not trainer.args.should_log:
+        return
+    noise = trainer.args.label_noise
+    remedy = f"raise label_noise (now {noise:g})" if noise else "set label_noise"
+    logger.warning(
+        "prefmix: held-out log-loss is %.3f with each user's posterior and %.3f with the gate alone: posteriors are "
+        "surer than people are consistent; %s to the share of judgements that may be flipped, such as %g",
+        *(*worse[0], remedy, min(2 * noise, 0.4) if noise else 0.1),
+    )
