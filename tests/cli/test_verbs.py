@@ -107,6 +107,7 @@ def test_training_prints_json_on_stdout_and_nothing_else(
     assert summary["steps"] == 1
     assert "held-out accuracy" in summary
     assert "step     1/1" in captured.err
+    assert captured.err.count("held out") == 1
 
 
 def test_evaluate(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,9 +38,9 @@ class ShortProgress(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Prints what is worth a glance."""
+        """Prints what is worth a glance, until training ends: the last evaluation stands in the summary."""
         line = short_line(logs or {})
-        if state.is_world_process_zero and line:
+        if self._bar is not None and line:
             tqdm.write(f"step {state.global_step:>5}/{state.max_steps}  {line}", file=sys.stderr)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
