@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from prefmix import __version__
-from prefmix.cli.recipe import suggestion
+from prefmix.cli.recipe import field_suggestion, suggestion
 
 VERBS = {
     "demo": "train, compare and talk to mixtures on real rows that ship with the package",
@@ -55,7 +55,8 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args([_underscored(word) for word in argv])
         if unknown:
             flags = [flag.lstrip("-") for action in self._actions for flag in action.option_strings]
-            words = [f"{word!r}{suggestion(word.lstrip('-').split('=')[0], flags)}" for word in unknown]
+            unknown = [word for word in unknown if word.startswith("--")] or unknown  # not the values that follow
+            words = [f"{word!r}{field_suggestion(word.lstrip('-').split('=')[0], flags)}" for word in unknown]
             self.error(f"unknown argument {', '.join(words)}")
         return args
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from prefmix.cli.fields import FieldDoc, all_fields
+from prefmix.cli.trl_names import habit
 from prefmix.training.options import validate_options
 
 _FLOAT = re.compile(r"^[-+]?(?:\.\d+|\d+(?:\.\d*)?)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$")
@@ -26,16 +27,6 @@ _IS_KIND = {
     "None": lambda value: value is None,
     "dict": lambda value: isinstance(value, dict),
     "list": lambda value: isinstance(value, list),
-}
-# What users of TRL's scripts write, and our name for it.
-_RENAMED = {
-    "model_name_or_path": "model",
-    "dataset_name": "train_data",
-    "dataset_train_split": "train_split",
-    "dataset_test_split": "eval_split",
-    "train_dataset": "train_data",
-    "eval_dataset": "eval_data",
-    "lora_r": "expert_rank",
 }
 _PLAIN = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "None": "null"}
 
@@ -108,10 +99,14 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any], required: Itera
     return Recipe(values, lines)
 
 
+def field_suggestion(name: str, known: Iterable[str]) -> str:
+    """What stands for a name of TRL's, in brackets, or else the nearest known name."""
+    instead = habit(name)
+    return suggestion(name, known) if instead is None else f" ({instead})"
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the nearest known name, or nothing."""
-    if name in _RENAMED:
-        return f" (here it is {_RENAMED[name]!r})"
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
@@ -150,7 +145,7 @@ def _yaml_fault(error: Exception) -> str:
 def _known(name: str, lines: Mapping[str, str], problems: list[str]) -> bool:
     if name in all_fields():
         return True
-    problems.append(f"{lines[name]}: unknown field {name!r}{suggestion(name, all_fields())}")
+    problems.append(f"{lines[name]}: unknown field {name!r}{field_suggestion(name, all_fields())}")
     return False
 
 
