@@ -147,11 +147,14 @@ def test_adapt_keeps_a_user_only_on_request(place: Path, capsys: pytest.CaptureF
     assert main(words) == 0
     users = place / "out" / "policy" / "users" / "users.json"
     assert "bob" not in users.read_text()
-    capsys.readouterr()
+    told = capsys.readouterr().err
+    assert "not kept; --save" in told and "kept in" not in told
     assert main([*words, "--save", "--format", "json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert sum(printed["weights"]) == pytest.approx(1)
     assert "bob" in users.read_text()
+    assert main([*words, "--save"]) == 0
+    assert f"kept in {place / 'out'}" in capsys.readouterr().err
 
 
 def test_adapt_refuses_rows_of_others(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,13 +176,57 @@ def test_chat_answers_and_obeys(
         "/quit",
         "never",
     ]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    typed = io.StringIO("\n".join(lines))
+    monkeypatch.setattr(typed, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", typed)
     assert main(["chat", str(place / "out"), "--user", "u1", "--max_new_tokens", "4"]) == 0
     printed = capsys.readouterr().out
     assert "expert 1" in printed
     assert "nobody is unknown; known: u0, u1" in printed
     assert "/decoder NAME" in printed
     assert printed.count("u2> ") == 4
+
+
+def test_chat_answers_a_pipe_line_by_line_without_decoration(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["chat", str(place / "out"), "--user", "u1", "--max_new_tokens", "4", "--seed", "1"]
+    asked = ["Write a review.", "", "What color is the sky?"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(asked)))
+    assert main(words) == 0
+    printed = capsys.readouterr()
+    answers = []
+    for line in (asked[0], asked[2]):
+        assert main(["generate", str(place / "out"), *words[2:], "--prompt", line, "--stream"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert printed.out == "".join(answers)
+    assert "known users" not in printed.err
+
+
+def test_metadata_that_no_gate_reads_is_refused_before_the_model_is_loaded(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prefmix.cli.generate.load_policy", None)
+    for verb in (["generate", str(place / "out"), "--prompt", "x"], ["chat", str(place / "out")]):
+        assert main([*verb, "--metadata", "{user_age: 30}"]) == 2
+        assert "gate reads global and no metadata" in capsys.readouterr().err
+
+
+def test_metadata_gate_from_recipe_to_answer(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row | {"metadata": {"user_taste": row["group"]}} for row in _rows(8, 4)]
+    words = ["train", str(place / "recipe.yaml"), "--num_experts", "2", "--gate", "metadata"]
+    words += ["--train_data", str(_write(tmp_path / "train.jsonl", rows)), "--output_dir", str(tmp_path / "out")]
+    words += ["--eval_data", str(tmp_path / "train.jsonl")]
+    assert main(words) == 0
+    capsys.readouterr()
+    ask = ["generate", str(tmp_path / "out"), "--prompt", "x", "--max_new_tokens", "1", "--metadata"]
+    assert main([*ask, "{user_taste: kind1}"]) == 0
+    assert "did not occur" not in capsys.readouterr().err
+    assert main([*ask, "{user_taste: odd}"]) == 0
+    assert "user_taste=odd did not occur in training" in capsys.readouterr().err
+    assert main([*ask, "{user_tast: kind1}"]) == 2
+    error = capsys.readouterr().err
+    assert "knows no user_tast; it was trained on user_taste=kind0, user_taste=kind1" in error
 
 
 def test_probe_finds_the_kinds(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

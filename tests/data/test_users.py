@@ -82,3 +82,11 @@ def test_the_encoder_survives_json():
     assert np.array_equal(again.encode(TRAINING), encoder.encode(TRAINING))
     with pytest.raises(ValueError, match="format_version 7"):
         MetadataEncoder.from_dict({"format_version": 7, "fields": []})
+
+
+def test_what_leaves_no_trace_in_the_features_is_named():
+    encoder = MetadataEncoder.fit([{"age": 20, "taste": "sweet"}, {"age": 30, "taste": "sour"}])
+    assert encoder.ignored({"age": 25, "taste": "sour"}) == []
+    entry = {"aeg": 25, "age": "old", "taste": "salty"}
+    assert encoder.ignored(entry) == ["aeg", "age=old", "taste=salty"]
+    assert not encoder.encode([entry]).any()

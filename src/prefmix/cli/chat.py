@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from prefmix.cli.generate import add_sampling, sampling
@@ -27,19 +29,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Reads lines until /quit or the end of the input."""
+    """Answers lines until /quit or the end of the input; from a pipe, stdout holds the answers and nothing else."""
     options = sampling(args)
     with stdout_is_for_results():
         policy = load_policy(args)
-    note(f"{policy.config.num_experts} experts, {len(policy.users)} known users; /help lists commands")
     talk = Conversation(policy, options)
-    while talk.is_open:
-        try:
-            line = input(f"{talk.options['user'] or 'you'}> ").strip()
-        except EOFError:
+    if sys.stdin.isatty():
+        note(f"{policy.config.num_experts} experts, {len(policy.users)} known users; /help lists commands")
+    for line in _typed(talk) if sys.stdin.isatty() else sys.stdin:
+        if line.strip():
+            talk.say(line.strip())
+        if not talk.is_open:
             break
-        if line:
-            talk.say(line)
+
+
+def _typed(talk: Conversation) -> Iterator[str]:
+    """Lines that a person types, each after a prompt that says who speaks."""
+    while True:
+        try:
+            yield input(f"{talk.options['user'] or 'you'}> ")
+        except EOFError:
+            print()
+            return
 
 
 class Conversation:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from prefmix.cli.loading import add_policy, load_policy
-from prefmix.cli.output import stdout_is_for_results
+from prefmix.cli.loading import add_policy, load_policy, read_policy_config
+from prefmix.cli.output import note, stdout_is_for_results
 from prefmix.cli.recipe import parse_scalar
+from prefmix.policy.folder import METADATA_FILE, find_policy
 
 if TYPE_CHECKING:
     from prefmix.policy.prompts import Prompt
@@ -42,16 +44,38 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `MixturePolicy.generate`.
+    """The keyword arguments of `MixturePolicy.generate`, checked before the model is loaded.
 
     Raises:
-        ValueError: metadata that is not a mapping.
+        ValueError: metadata that is not a mapping, or that the policy would not read.
     """
     metadata = None if args.metadata is None else parse_scalar(args.metadata)
     if metadata is not None and not isinstance(metadata, dict):
         raise ValueError(f"--metadata {args.metadata!r}: write a mapping, for example '{{user_age: 30}}'")
+    if metadata:
+        _check_is_read(args, metadata)
     names = ("user", "decoder", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
     return {name: getattr(args, name) for name in names} | {"metadata": metadata}
+
+
+def _check_is_read(args: argparse.Namespace, metadata: dict[str, Any]) -> None:
+    terms = read_policy_config(args).gate["terms"]
+    if "metadata" not in terms:
+        raise ValueError(
+            f"--metadata: this policy's gate reads {', '.join(terms)} and no metadata; leave the flag out, or train "
+            "with gate: [metadata]"
+        )
+    from prefmix.data.users import MetadataEncoder
+
+    text = (find_policy(args.policy) / METADATA_FILE).read_text(encoding="utf-8")
+    encoder = MetadataEncoder.from_dict(json.loads(text))
+    ignored = encoder.ignored(metadata)
+    if unknown := [name for name in ignored if name in metadata]:
+        raise ValueError(
+            f"--metadata: the gate knows no {', '.join(unknown)}; it was trained on {', '.join(encoder.feature_names)}"
+        )
+    if ignored:
+        note(f"{', '.join(ignored)} did not occur in training and counts as unknown")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -26,14 +26,22 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="which split, where the data has several")
 
 
+def read_policy_config(args: argparse.Namespace) -> PolicyConfig:
+    """What the policy says of itself, before anything heavy is loaded.
+
+    Raises:
+        ValueError: the folder holds no policy, or one that this version does not read.
+    """
+    return PolicyConfig.from_json((find_policy(args.policy) / CONFIG_FILE).read_text(encoding="utf-8"))
+
+
 def load_policy(args: argparse.Namespace) -> MixturePolicy:
     """The policy of `add_policy`'s arguments.
 
     Raises:
         ValueError: the folder holds no policy, a damaged one, or its base model is another one now.
     """
-    folder = find_policy(args.policy)
-    PolicyConfig.from_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    read_policy_config(args)
     from prefmix.policy.mixture_policy import MixturePolicy
 
     # The name that was given, not `folder`: after a killed save `folder` is a leftover, and `adapt --save` writes back.

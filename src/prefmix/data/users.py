@@ -100,6 +100,20 @@ class MetadataEncoder:
     def __len__(self) -> int:
         return len(self.feature_names)
 
+    def ignored(self, entry: Mapping[str, Any]) -> list[str]:
+        """What of one mapping leaves no trace in its features: `field` where nobody had it, `field=value` if unseen."""
+        known = {field.name: field for field in self._fields}
+        found = []
+        for name, value in entry.items():
+            field = known.get(name)
+            if field is None:
+                found.append(name)
+            elif isinstance(field, _NumericField):
+                found += [] if _is_number(value) else [f"{name}={value}"]
+            else:
+                found += [] if str(value) in field.values else [f"{name}={value}"]
+        return found
+
     def encode(self, metadata: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """[B, M] float32 features."""
         features = np.zeros((len(metadata), len(self)), dtype=np.float32)

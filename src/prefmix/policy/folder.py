@@ -19,6 +19,7 @@ from pathlib import Path
 from prefmix.data.durable_files import file_sha256, sync
 
 CONFIG_FILE = "mixture_config.json"
+METADATA_FILE = "gate/metadata.json"
 MANIFEST = "manifest.json"
 # A model card is for people, who edit it; an edited card must not make a policy unreadable.
 UNHASHED = frozenset({MANIFEST, "README.md"})
