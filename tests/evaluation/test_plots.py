@@ -5,8 +5,17 @@ from __future__ import annotations
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
+import pytest
 
-from prefmix.evaluation.plots import GLYPHS, curve_svg, group_map_svg, group_map_text, user_order
+from prefmix.evaluation.plots import (
+    GLYPHS,
+    ScatterPoint,
+    curve_svg,
+    group_map_svg,
+    group_map_text,
+    scatter_svg,
+    user_order,
+)
 
 RESP = np.array([[0.1, 0.9], [0.95, 0.05], [0.8, 0.2], [0.3, 0.7]])
 
@@ -28,6 +37,27 @@ def test_curve_has_a_point_for_every_finite_value() -> None:
     svg = curve_svg("t", "x", "y", {"one": [(0, 0.5), (16, 0.7)], "two": [(0, 0.4), (4, float("nan"))]})
     circles = list(ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}circle"))
     assert len(circles) == 3
+
+
+def test_scatter_places_points_by_the_logarithm_of_x_and_draws_their_bars() -> None:
+    points = [
+        ScatterPoint("heads", "4", 1.0, 0.6, 0.55, 0.65),
+        ScatterPoint("heads", "16", 10.0, 0.7, 0.6, 0.8),
+        ScatterPoint("LoRA & more", "", 100.0, 0.65, 0.6, 0.7),
+    ]
+    root = ElementTree.fromstring(scatter_svg("t", "CPU seconds", "accuracy", points))
+    circles = list(root.iter("{http://www.w3.org/2000/svg}circle"))
+    xs, ys = ([float(circle.get(name, "nan")) for circle in circles] for name in ("cx", "cy"))
+    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.2)
+    assert ys[1] < ys[2] < ys[0]  # better is higher, and SVG counts downwards
+    lengths = [
+        float(line.get("y1", "nan")) - float(line.get("y2", "nan"))
+        for line in root.iter("{http://www.w3.org/2000/svg}line")
+        if line.get("stroke-width") == "0.7"
+    ]
+    assert lengths[1] == pytest.approx(2 * lengths[0], abs=0.3)
+    ticks = [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"1", "2", "5", "10", "20", "50", "100"} <= set(ticks)
 
 
 def test_text_map_shows_everyone_once_with_the_glyph_of_the_true_group() -> None:

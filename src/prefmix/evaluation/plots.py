@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import NamedTuple
 
 import numpy as np
 
@@ -102,6 +103,78 @@ def curve_svg(title: str, x_label: str, y_label: str, curves: Mapping[str, Seque
         parts += [_box(left + width + 20, top + 20 * index, 12, 12, colour)]
         parts.append(_text(left + width + 38, top + 20 * index + 11, name))
     return _document(left + width + 260, top + height + 60, parts)
+
+
+class ScatterPoint(NamedTuple):
+    """One point of `scatter_svg`.
+
+    Attributes:
+        series: points of one series share a colour and are joined in the order of x.
+        label: written beside the point; may be empty.
+        x: position, positive.
+        y: height.
+        low, high: ends of its bar.
+    """
+
+    series: str
+    label: str
+    x: float
+    y: float
+    low: float
+    high: float
+
+
+def scatter_svg(title: str, x_label: str, y_label: str, points: Sequence[ScatterPoint]) -> str:
+    """Points with bars over a logarithmic axis, for what costs from seconds to hours.
+
+    Args:
+        title: heading.
+        x_label: label of the horizontal axis, with unit.
+        y_label: label of the vertical axis, with unit.
+        points: at least one.
+
+    Returns:
+        A self-contained SVG document.
+    """
+    left, top, width, height = 70, 60, 560, 340
+    x_low, x_high = min(point.x for point in points) / 1.3, max(point.x for point in points) * 1.3
+    y_low, y_high = min(point.low for point in points), max(point.high for point in points)
+    pad = 0.05 * (y_high - y_low) or 0.01
+    y_low, y_high = y_low - pad, y_high + pad
+
+    def x_of(x: float) -> float:
+        return left + width * float(np.log(x / x_low) / np.log(x_high / x_low))
+
+    def y_of(y: float) -> float:
+        return top + height * (y_high - y) / (y_high - y_low)
+
+    parts = [_text(16, 26, title, size=16), _text(left, top - 8, y_label)]
+    for tick in np.linspace(y_low, y_high, 6):
+        parts += [_line(left, y_of(tick), left + width, y_of(tick), "#ddd")]
+        parts += [_text(left - 8, y_of(tick) + 4, f"{tick:.3f}", anchor="end")]
+    for tick in _log_ticks(x_low, x_high):
+        parts += [_line(x_of(tick), top, x_of(tick), top + height, "#eee")]
+        parts += [_text(x_of(tick), top + height + 18, f"{tick:g}", anchor="middle")]
+    parts.append(_text(left + width / 2, top + height + 40, x_label, anchor="middle"))
+    for index, series in enumerate(dict.fromkeys(point.series for point in points)):
+        colour = PALETTE[index % len(PALETTE)]
+        own = sorted((point for point in points if point.series == series), key=lambda point: point.x)
+        path = " ".join(f"{x_of(point.x):.1f},{y_of(point.y):.1f}" for point in own)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-opacity="0.5"/>')
+        for point in own:
+            x, y = x_of(point.x), y_of(point.y)
+            parts.append(_line(x, y_of(point.low), x, y_of(point.high), colour, 0.7))
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{colour}"/>')
+            parts.append(_text(x + 7, y - 5, point.label))
+        parts += [_box(left + width + 20, top + 20 * index, 12, 12, colour)]
+        parts.append(_text(left + width + 38, top + 20 * index + 11, series))
+    return _document(left + width + 220, top + height + 60, parts)
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """1, 2, 5, 10, 20 ... between two positive numbers."""
+    powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    return [tick for power in powers for tick in (10.0**power, 2 * 10.0**power, 5 * 10.0**power) if low <= tick <= high]
 
 
 def group_map_text(resp: np.ndarray, truth: Sequence[int] | None = None, width: int = 60) -> str:

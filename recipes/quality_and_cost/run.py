@@ -1,0 +1,226 @@
+"""Quality against cost: held-out accuracy of real people's preferences against CPU seconds, for every kind of expert.
+
+    python recipes/quality_and_cost/run.py --model smollm2 --output results.json
+
+README.md beside this file says what to expect. A run that is stopped goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from arms import Arm, all_arms
+from debates import load_debates
+from runs import (
+    Workplace,
+    products_per_second,
+    reference_logits,
+    score,
+    state_of,
+    states_of_training_rows,
+    train,
+    with_state,
+)
+from safetensors.torch import load_file, save_file
+from tables import judge, table_text, write_pictures
+
+from prefmix.experts.base_model import load_base
+
+RATE_STEP = 3.0  # of further rates; about the step of the grids
+
+
+class Run(NamedTuple):
+    """One training run to make or to find.
+
+    Attributes:
+        arm: what.
+        rate: learning rate.
+        seed: of heads, LoRA and the order of rows.
+    """
+
+    arm: Arm
+    rate: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Its name in the JSON."""
+        return f"{self.arm.name}, rate {self.rate:g}, seed {self.seed}"
+
+
+class Study:
+    """All runs of one set of rows, written to one JSON after each of them."""
+
+    def __init__(self, place: Workplace, output: Path, settings: dict[str, Any], max_seconds: float) -> None:
+        """Goes on from `output` where it exists.
+
+        Raises:
+            ValueError: `output` was made with other settings.
+        """
+        self._place, self._output = place, output
+        self._end = time.process_time() + max_seconds
+        self.results: dict[str, Any] = {"settings": settings, "rows": _rows_in_words(place), "runs": {}, "chosen": {}}
+        if output.is_file():
+            found = json.loads(output.read_text(encoding="utf-8"))
+            if (found["settings"], found["rows"]) != (settings, self.results["rows"]):
+                raise ValueError(f"--output {output} was made with other settings or rows; name another file")
+            self.results = found
+
+    def start(self) -> None:
+        """What every arm is compared with, and the cost of reading states."""
+        if "reading_seconds" not in self.results:
+            self.results["reading_seconds"] = [states_of_training_rows(every, self._place) for every in (False, True)]
+            self.results["baselines"] = self._baselines()
+            self._write()
+
+    def train_arm(self, arm: Arm) -> bool:
+        """All runs of an arm, and the test scores of those at the chosen rate; false where the time is over."""
+        rate = self.results["chosen"].get(arm.rate_of) if arm.rate_of else self._choose_rate(arm)
+        if rate is None:
+            return False
+        self.results["chosen"][arm.name] = rate
+        return all(self._find(Run(arm, rate, seed), scored=True) is not None for seed in arm.seeds)
+
+    def _choose_rate(self, arm: Arm) -> float | None:
+        """The rate with the lowest log-loss on validation pairs, with the arm's first seed."""
+        rates, losses = list(arm.rates), {}
+        further = arm.more_rates
+        while True:
+            for rate in rates:
+                record = self._find(Run(arm, rate, arm.seeds[0]), scored=False)
+                if record is None:
+                    return None
+                losses[rate] = record["validation"]["log_loss"]
+            best = min(losses, key=lambda rate: losses[rate])
+            beyond = {min(losses): best / RATE_STEP, max(losses): best * RATE_STEP}.get(best)
+            if not further or beyond is None or len(losses) == 1:
+                return best
+            rates, further = [float(f"{beyond:.1g}")], further - 1
+
+    def _find(self, run: Run, scored: bool) -> dict[str, Any] | None:
+        """The record of a run, made where it is missing."""
+        record = self.results["runs"].get(run.key)
+        states = self._place.folder / "experts" / f"{run.key.replace(', ', '-').replace(' ', '_')}.safetensors"
+        if record is None or (scored and "test" not in record and not states.is_file()):
+            if time.process_time() > self._end:
+                return None
+            record = self._train(run, states)
+        if scored and "test" not in record:
+            experts = with_state(record["experts"], load_file(str(states)), self._place)
+            record["test"] = self._judged(score(experts, self._place.debates.test, self._place), keep=True)
+            self._write()
+            states.unlink()
+        return record
+
+    def _train(self, run: Run, states: Path) -> dict[str, Any]:
+        before = products_per_second()
+        trained = train(run.arm, run.rate, run.seed, self._place)
+        speed = [round(before, 1), round(products_per_second(), 1)]
+        validation = self._place.debates.validation
+        record = {
+            "loop_seconds": round(trained.seconds, 2),
+            "products_gf_per_cpu_second": speed,
+            "steps": trained.steps,
+            "parameters": trained.parameters,
+            "experts": trained.experts.describe(),
+            "validation": judge(score(trained.experts, validation, self._place), validation).to_dict(),
+        }
+        states.parent.mkdir(parents=True, exist_ok=True)
+        save_file(state_of(trained.experts), str(states))
+        self.results["runs"][run.key] = record
+        self._write()
+        found = record["validation"]
+        print(
+            f"{run.key}: {trained.seconds:.0f} CPU s, validation {found['accuracy']:.3f} / {found['log_loss']:.4f} "
+            f"({speed[0]:.0f}, {speed[1]:.0f} GF/s)",
+            flush=True,
+        )
+        return record
+
+    def _baselines(self) -> dict[str, Any]:
+        test = self._place.debates.test
+        texts = test.table.texts.completion_ids
+        longer = np.array([len(texts[c]) - len(texts[r]) for c, r in zip(test.table.chosen, test.table.rejected)])
+        agreed = test.votes[:, 0] - test.votes[:, 1]  # the chosen argument is the majority's
+        logits = {"reference": reference_logits(test, self._place), "longer argument": longer, "most judges": agreed}
+        return {name: judge(values, test).accuracy for name, values in logits.items()}
+
+    def _judged(self, margins: np.ndarray, keep: bool) -> dict[str, Any]:
+        found = judge(margins, self._place.debates.test).to_dict()
+        return found | ({"margins": [round(float(value), 4) for value in margins]} if keep else {})
+
+    def _write(self) -> None:
+        self._output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._output.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(self._output)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Trains what is not in the JSON yet, prints the table and draws the pictures."""
+    args = _parser().parse_args(arguments)
+    torch.set_num_threads(1)
+    base = load_base(args.model, dtype=torch.float32)
+    rows = {name: getattr(args, name) for name in ("max_words", "pairs_per_side", "min_agreement", "max_sides")}
+    debates = load_debates(base.tokenizer, **rows, seed=args.split_seed)
+    place = Workplace(base, debates, args.work_dir)
+    settings = rows | {"split_seed": args.split_seed, "model": Path(args.model).name, "commit": args.commit}
+    study = Study(place, args.output, settings, 60 * args.max_cpu_minutes)
+    study.start()
+    arms = {name: arm for name, arm in all_arms().items() if not args.arms or name in args.arms}
+    for arm in arms.values():
+        if not study.train_arm(arm):
+            print(f"stopped before {arm.name} was complete; the same command goes on", flush=True)
+            break
+    finished = [all_arms()[name] for name in all_arms() if _complete(study.results, all_arms()[name])]
+    print(table_text(study.results, finished, debates.test))
+    if finished:
+        write_pictures(study.results, finished, debates.test, args.output)
+    return study.results
+
+
+def _complete(results: dict[str, Any], arm: Arm) -> bool:
+    rate = results["chosen"].get(arm.name)
+    return rate is not None and "test" in results["runs"].get(Run(arm, rate, arm.seeds[0]).key, {})
+
+
+def _rows_in_words(place: Workplace) -> dict[str, Any]:
+    debates = place.debates
+    held = {"validation": debates.validation, "test": debates.test}
+    numbers: dict[str, Any] = {"training_pairs": len(debates.few), "all_training_pairs": len(debates.many)}
+    numbers["training_arguments"] = len({(r["prompt"], r[n]) for r in debates.few for n in ("chosen", "rejected")})
+    for name, pairs in held.items():
+        numbers |= {
+            f"{name}_pairs": len(pairs.table),
+            f"{name}_judgements": int(pairs.votes.sum()),
+            f"{name}_arguments": len(pairs.table.texts),
+        }
+    return numbers
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Held-out accuracy against CPU seconds for every kind of expert.")
+    parser.add_argument("--model", default="smollm2", help="base model")
+    parser.add_argument("--max-words", type=int, default=45, help="longer arguments are left out")
+    parser.add_argument("--pairs-per-side", type=int, default=7, help="training pairs of each side of a debate")
+    parser.add_argument("--min-agreement", type=float, default=0.75, help="of the judges of a training pair")
+    parser.add_argument("--max-sides", type=int, help="keep so many sides of debates only")
+    parser.add_argument("--split-seed", type=int, default=0)
+    parser.add_argument("--arms", nargs="+", help="these models only")
+    parser.add_argument("--max-cpu-minutes", type=float, default=math.inf, help="start no run after so many")
+    parser.add_argument("--commit", default="", help="of the code, for the JSON")
+    parser.add_argument("--work-dir", type=Path, default=Path("quality_and_cost"), help="cached states, experts")
+    parser.add_argument("--output", type=Path, default=Path("quality_and_cost/results.json"))
+    return parser
+
+
+if __name__ == "__main__":
+    main()
