@@ -112,6 +112,7 @@ def test_training_prints_json_on_stdout_and_nothing_else(
 
 def test_evaluate(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["evaluate", str(place / "out"), "--data", str(place / "test.jsonl"), "--output", str(tmp_path / "r.json")]
+    words += ["--cache_dir", str(place / "cache")]
     assert main([*words, "--format", "json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "r.json").read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from prefmix.cli.loading import add_data, add_policy, load_policy, read_checked_rows
@@ -15,6 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_policy(parser)
     add_data(parser)
     parser.add_argument("--context", help="other rows of the same users, from which new users' weights are inferred")
+    parser.add_argument(
+        "--cache_states",
+        choices=("disk", "memory", "off"),
+        default="disk",
+        help="where states of the frozen trunk are found and kept, as in training (heads only)",
+    )
+    parser.add_argument("--cache_dir", help="folder of cached trunk states; default: the user's cache folder")
     parser.add_argument("--output", help="where the report goes as JSON")
     add_format(parser)
 
@@ -24,9 +32,13 @@ def run(args: argparse.Namespace) -> None:
     rows = read_checked_rows(args.data, args.split)
     context = read_checked_rows(args.context) if args.context else None
     with stdout_is_for_results():
+        from prefmix.evaluation.cached_states import StateCache
         from prefmix.evaluation.evaluator import evaluate
 
-        report = evaluate(load_policy(args), rows, context_rows=context)
+        cache = StateCache(args.cache_states, args.cache_dir, progress=sys.stderr.isatty())
+        report = evaluate(
+            load_policy(args), rows, context_rows=context, cache=None if args.cache_states == "off" else cache
+        )
     if args.output:
         Path(args.output).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
         note(f"wrote the report to {args.output}")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prefmix.data.comparisons import ComparisonTable
 from prefmix.data.tokenization import tokenize_rows
+from prefmix.evaluation.cached_states import StateCache
 from prefmix.evaluation.metrics import Agreement, accuracy, agreement, usage
 from prefmix.evaluation.new_users import split_context
 from prefmix.evaluation.report import EvaluationReport, Figures, figures
@@ -52,6 +53,7 @@ def evaluate(
     context_rows: Rows | None = None,
     new_user_context: Sequence[int] = (0, 1, 2, 4, 8, 16),
     states: States | None = None,
+    cache: StateCache | None = None,
     name: str = "mixture",
     true_groups: bool = False,
     seed: int = 0,
@@ -67,7 +69,8 @@ def evaluate(
         rows: held-out preference rows, or a table whose first users are the policy's.
         context_rows: other rows of the same people, used as context of new users only.
         new_user_context: the context sizes n; those that fewer than half of the people can give are left out.
-        states: cached trunk states of the texts of `rows` (a table); without them the texts are read.
+        states: cached trunk states of the texts of `rows` (a table).
+        cache: where states are found, or kept once read, if none are given; None: every text is read anew.
         name: of the policy in tables.
         true_groups: the oracle: weights are one-hot at the row's true group instead of posteriors.
         seed: of the bootstrap and the choice of context.
@@ -75,7 +78,7 @@ def evaluate(
     Raises:
         ValueError: no rows, or `true_groups` with rows that name no group.
     """
-    scored = score_table(policy, rows, states=states)
+    scored = score_table(policy, rows, states=states, cache=cache)
     table, scores, gate, latent = scored.table, scored.scores, policy.model.gate, policy.config.latent
     known = scored.known_user >= 0 if personalises(latent, gate) else np.zeros(len(table), bool)
     log_weights = known_user_log_weights(gate, latent, policy.users, scored.gate_log_weights, scored.known_user)
@@ -89,7 +92,7 @@ def evaluate(
     everything = np.ones(len(table), bool)
     curve = NewUserCurve({}, False)
     if personalises(latent, gate) and not true_groups:
-        context = scored if context_rows is None else score_table(policy, context_rows)
+        context = scored if context_rows is None else score_table(policy, context_rows, cache=cache)
         curve = new_user_curve(policy, scored, context, new_user_context, seed)
     return EvaluationReport(
         name=name,
@@ -114,7 +117,9 @@ def _each_alone(scores: RowScores) -> list[float]:
     return [accuracy(logit) for logit in (scores.log_lik - scores.log_lik_reversed).T.numpy()]
 
 
-def score_table(policy: MixturePolicy, rows: Rows, *, states: States | None = None) -> ScoredTable:
+def score_table(
+    policy: MixturePolicy, rows: Rows, *, states: States | None = None, cache: StateCache | None = None
+) -> ScoredTable:
     """Tokenizes rows where they are not a table yet, and asks experts and gate about them.
 
     Raises:
@@ -135,6 +140,8 @@ def score_table(policy: MixturePolicy, rows: Rows, *, states: States | None = No
         raise ValueError("rows: no comparison to evaluate; give at least one row that is not a tie")
     index = np.array([policy.users.index(name) for name in table.users], dtype=np.int64)
     known_user = np.where(table.user >= 0, index[table.user], -1) if len(index) else np.full(len(table), -1)
+    if states is None and cache is not None:
+        states = cache.states(policy, table)
     scores = score_rows(policy.model.experts, table, beta=config.beta, label_noise=config.label_noise, states=states)
     return ScoredTable(table, known_user, scores, policy.table_gate_log_weights(table).double().cpu())
 
