@@ -4,8 +4,8 @@
     python benchmarks/gpu.py --shape 1b --output gpu.json
 
 Without a CUDA device it says so and stops. Random weights and random tokens are enough for speed. A correctness gate
-comes first: every implementation on this device against float64 with all logits in memory. Then each contender trains in
-its own loop; a step is timed between synchronisations of the device, the first steps are left out, and the median is
+comes first: every implementation on this device against float64 with all logits in memory. Then each contender trains
+in its own loop; a step is timed between synchronisations of the device, the first steps are left out, and the median is
 compared.
 TRL runs in bfloat16 without checkpointing, which is its fastest setting, and picks its own (Triton) kernels.
 
