@@ -1,0 +1,1 @@
+"""What benchmarks share: turns in one process, real texts, bootstrap intervals, operation counts, the machine."""

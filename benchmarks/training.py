@@ -1,0 +1,232 @@
+"""Whole training steps against TRL's `DPOTrainer`: CPU seconds, memory, share of the machine's peak.
+
+    python benchmarks/training.py                                   # about 25 CPU minutes on a slow core
+    python benchmarks/training.py --quick --only 1 3                # two repetitions, two of the figures
+    python benchmarks/training.py --output benchmarks/results/training.json
+
+A correctness gate comes first: loss and gradient of each of ours on a tiny model against float64 with all logits in
+memory, and K = 1 against TRL's on the model that is timed. Then contenders take turns in one process and one thread, a
+whole optimizer step at a time, each in its own unmodified training loop; CPU seconds are compared round by round. Peak
+memory is `ru_maxrss` of a fresh process each. Texts are real and distinct (movie reviews where PREFMIX_DATA names the
+folder of data sets, else arguments that the package ships), prompt and responses cut to fixed lengths.
+Without TRL only the figures that need none are measured.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import argparse
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from measuring import figures as names
+from measuring.contenders import OURS, RANK, TRL, Bases, Course, our_trainer, trl_trainer
+from measuring.figures import Peaks, all_figures, products_of
+from measuring.gate import check_against_trl, check_ours
+from measuring.machine import describe_machine, matrix_product_peak
+from measuring.report import as_json, figure_table, memory_table, stage_table
+from measuring.stages import CONVARG, Plan, StageResult, run_stage
+from measuring.texts import MIXES, distinct_rows
+from measuring.turns import SteppedTrainer
+
+from prefmix.experts.base_model import load_base
+from prefmix.training.config import MixtureConfig
+
+# figure -> stage -> contenders; `| variant`s are taken where this version of prefmix has them.
+NEEDS: dict[int, dict[str, list[str]]] = {
+    1: {
+        "1:1": ["TRL LoRA", "TRL LoRA, defaults", "TRL LoRA, fastest", "LoRA, all blocks, K=1"],
+        "4:1": ["TRL LoRA", "LoRA, all blocks, K=1"],
+        "1:3": ["TRL LoRA", "LoRA, all blocks, K=1"],
+    },
+    2: {
+        "1:1": ["TRL LoRA", "TRL LoRA, fastest", "TRL full head", "full head, K=1", "heads, K=8", "heads, K=8, bf16"],
+        "4:1": ["TRL LoRA", "heads, K=8"],
+        "1:3": ["TRL LoRA", "heads, K=8"],
+    },
+    3: {
+        "1:1": ["TRL LoRA", "TRL LoRA, fastest", "heads, K=8, cached", "heads, K=8, cached, bf16"],
+        "4:1": ["TRL LoRA", "heads, K=8, cached"],
+        CONVARG: ["TRL LoRA", "heads, K=8, cached"],
+    },
+    4: {"1:1": ["heads, K=1", "heads, K=8", "heads, K=16"]},
+    5: {"1:1": ["TRL LoRA", "last four blocks, K=8, all", "last four blocks, K=8, sampled"]},
+    6: {"1:1": ["LoRA, all blocks, K=1"], "4:1": ["LoRA, all blocks, K=1"]},
+    7: {"1:1": ["heads, K=8", "heads, K=8, cached"]},
+}
+STAGES = (*MIXES, CONVARG)
+IN_MEMORY = ("TRL LoRA", "LoRA, all blocks, K=1", "heads, K=1", "heads, K=8", "heads, K=16")
+
+
+def plan_stages(only: Iterable[int], rows: Iterable[str], with_trl: bool) -> dict[str, list[str]]:
+    """Stage -> contenders of the figures asked for, TRL's first."""
+    wanted: dict[str, list[str]] = {}
+    for number in only:
+        for stage, contenders in NEEDS[number].items():
+            if stage not in rows:
+                continue
+            present = [name for name in contenders if with_trl or name not in TRL]
+            wanted.setdefault(stage, []).extend(present)
+    order = [*TRL, *OURS]
+    return {
+        stage: [variant for name in order if name in wanted[stage] for variant in _with_variants(name)]
+        for stage in STAGES
+        if wanted.get(stage)
+    }
+
+
+def _with_variants(name: str) -> list[str]:
+    """A contender and its implementations: prompts once and twice for LoRA, pure torch beside heads."""
+    if name == names.LORA and "prefix_sharing" in MixtureConfig.__dataclass_fields__:
+        return [name + names.ONCE, name + names.TWICE]
+    pure = name in ("heads, K=1", names.HEADS, names.CACHED, "heads, K=16")
+    return [name, name + names.PURE] if pure else [name]
+
+
+def gate(plan: dict[str, list[str]], bases: Bases, with_trl: bool) -> dict[str, Any]:
+    """Checks every contender that is timed; what is drawn at random (sampled) and 16 bits are left to the tests."""
+    ours = [name for stage in plan.values() for name in stage if name not in TRL]
+    exact = [name for name in dict.fromkeys(ours) if "sampled" not in name and "bf16" not in name]
+    tokenizer = bases[torch.float32].tokenizer
+    assert tokenizer is not None
+    rows = distinct_rows("1:1", 2, tokenizer, seed=1).rows
+    errors: dict[str, Any] = {
+        "against float64": {k: e._asdict() for k, e in check_ours(exact, rows, tokenizer).items()}
+    }
+    if with_trl:
+        errors["against TRL"] = {
+            name: check_against_trl(name, bases, rows[:1])._asdict() for name in exact if name.startswith(names.LORA)
+        }
+    return errors
+
+
+def peak_megabytes(name: str, args: argparse.Namespace) -> float:
+    """Peak memory of a fresh process that takes two steps."""
+    command = [sys.executable, __file__, "--model", args.model, "--pairs", str(args.pairs), "--memory", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"memory of {name}: {done.stderr.strip().splitlines()[-1]}")
+    return float(done.stdout.split()[-1])
+
+
+def memory_cell(name: str, args: argparse.Namespace) -> None:
+    """Prints this process's peak memory in MB after two steps."""
+    bases = Bases(partial(_load, args.model))
+    tokenizer = bases[torch.float32].tokenizer
+    assert tokenizer is not None
+    course = Course(distinct_rows("1:1", 2 * args.pairs, tokenizer).rows, args.pairs, 2, tempfile.gettempdir())
+    # Nobody else needs the base here, so TRL's trainer does not get a copy of it.
+    build = partial(trl_trainer, name, bases, course, own_base=True) if name in TRL else None
+    stepped = SteppedTrainer(build or partial(our_trainer, name, bases, course))
+    for _ in range(2):
+        stepped.step()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(peak / (1e6 if sys.platform == "darwin" else 1e3))
+    stepped.close()
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Memory, gate, stages; JSON-ready."""
+    with_trl = importlib.util.find_spec("trl") is not None
+    if not with_trl:
+        print("TRL is not installed (pip install 'trl==1.16.0'): nothing is compared with it", file=sys.stderr)
+    # First, while this process is small: on Linux a child's ru_maxrss starts from its parent's memory.
+    cells = [name for name in IN_MEMORY if with_trl or name not in TRL] if 4 in args.only else []
+    memory = {name: peak_megabytes(name, args) for name in cells}
+    bases = Bases(partial(_load, args.model))
+    base = bases[torch.float32]
+    plan = plan_stages(args.only, args.rows, with_trl)
+    errors = gate(plan, bases, with_trl)
+    print(f"gate passed: {json.dumps(errors)}", file=sys.stderr, flush=True)
+    peaks: list[Peaks] = []
+    measure = lambda: peaks.append(Peaks(*(matrix_product_peak(t) for t in (torch.float32, torch.bfloat16))))  # noqa: E731
+    measure()
+    stages: dict[str, StageResult] = {}
+    for stage, contenders in plan.items():
+        repetitions = args.repetitions if stage != "1:3" else (args.repetitions + 1) // 2
+        stages[stage] = run_stage(Plan(stage, contenders, args.pairs, repetitions, measure), bases)
+    best = Peaks(*(max(values) for values in zip(*peaks)))
+    figures = all_figures(stages, memory, best, base.model)
+    print(report(stages, figures, memory, best, errors))
+    operations = {
+        stage: {
+            name: products_of(name, result, timed, base.model)._asdict()
+            for name, timed in result.timed.items()
+            if name.startswith("heads") and stage != CONVARG
+        }
+        for stage, result in stages.items()
+    }
+    return {
+        "machine": describe_machine(),
+        "model": Path(base.source).name,
+        "model_sha256": base.sha256,
+        "settings": {"pairs": args.pairs, "repetitions": args.repetitions, "rank": RANK, "tokens": MIXES},
+        "gate": errors,
+        "matrix_product_gflops": best._asdict(),
+        "matrix_product_gflops_by_round": [peak._asdict() for peak in peaks],
+        "gflop_of_a_step": operations,
+        **as_json(stages, figures, memory),
+    }
+
+
+def report(
+    stages: dict[str, StageResult], figures: list[Any], memory: dict[str, float], peaks: Peaks, errors: dict[str, Any]
+) -> str:
+    """All tables."""
+    parts = [figure_table(figures), *(stage_table(name, stage) for name, stage in stages.items())]
+    parts += [memory_table(memory)] if memory else []
+    parts.append(
+        f"Matrix-product peak of the run, one thread: {peaks.float32:.0f} GFLOP/s in float32, {peaks.bfloat16:.0f} in "
+        f"bfloat16. Correctness: {json.dumps(errors.get('against TRL', {}))} against TRL."
+    )
+    return "\n\n".join(parts)
+
+
+def _load(model: str, dtype: torch.dtype) -> Any:
+    return load_base(model, dtype=dtype)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parses arguments, measures, prints tables and writes JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="base model: smollm2, a folder, or a hub name")
+    parser.add_argument("--only", type=int, nargs="+", default=sorted(NEEDS), choices=sorted(NEEDS), help="figures")
+    parser.add_argument("--rows", nargs="+", default=STAGES, choices=STAGES, help="lengths prompt:response, or ConvArg")
+    parser.add_argument("--pairs", type=int, default=4, help="comparisons of a step")
+    parser.add_argument("--repetitions", type=int, default=5, help="counted rounds")
+    parser.add_argument("--quick", action="store_true", help="two repetitions")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--memory", metavar="CONTENDER", help="print the peak memory of one contender and nothing else")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
+    if args.memory:
+        return memory_cell(args.memory, args)
+    args.repetitions = 2 if args.quick else args.repetitions
+    result = run(args)
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return None
+
+
+if __name__ == "__main__":
+    main()
