@@ -66,12 +66,12 @@ def check(experts: BranchedExperts, texts: Any, looked: bool) -> None:
 
 
 def blocks_run(experts: BranchedExperts, run: Any) -> list[int]:
-    """Texts that each of the base's blocks reads, added up over calls."""
+    """Tokens that each of the base's blocks reads, added up over calls."""
     counts = [0] * len(experts.base_model.model.layers)
 
     def hook(index: int) -> Any:
         def count(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-            counts[index] += len(output[0] if isinstance(output, tuple) else output)
+            counts[index] += (output[0] if isinstance(output, tuple) else output).shape[:2].numel()
 
         return count
 
@@ -84,10 +84,13 @@ def blocks_run(experts: BranchedExperts, run: Any) -> list[int]:
 
 def test_nothing_else_is_read(make_tiny_model: Any, make_texts: Any) -> None:
     texts = pad_texts(make_texts(), range(4))
+    lengths = texts.attention_mask.sum(1)
+    every, learned = int(lengths.sum()), int(LEARNERS.sum(1) @ lengths)
     experts = moved(BranchedExperts(make_tiny_model(num_hidden_layers=3), 3, 1, rank=2))
     with torch.no_grad():
-        assert blocks_run(experts, lambda: experts(texts)) == [4, 4, 4 + 3 * 4]  # the reference, and each expert
+        # The reference, and each expert.
+        assert blocks_run(experts, lambda: experts(texts)) == [every, every, every + 3 * every]
     # After a look the trunk's states are there; the experts' own block reads the two and two texts of its learners.
-    assert blocks_run(experts, lambda: experts.for_learners(texts, LEARNERS)) == [0, 0, int(LEARNERS.sum())]
+    assert blocks_run(experts, lambda: experts.for_learners(texts, LEARNERS)) == [0, 0, learned]
     # They were there for one visit, and for these texts.
-    assert blocks_run(experts, lambda: experts.for_learners(texts, LEARNERS))[:2] == [4, 4]
+    assert blocks_run(experts, lambda: experts.for_learners(texts, LEARNERS))[:2] == [every, every]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefmix.experts.lora import is_linear
+from prefmix.experts.reading import Kept
 from prefmix.experts.trunk import run_trunk
 
 
@@ -43,14 +44,15 @@ class BranchPoint(NamedTuple):
     calls: list[Call]
     output: Float[Tensor, "N L D"]
 
-    def select(self, texts: Int[Tensor, "M"]) -> BranchPoint:
+    def select(self, kept: Kept) -> BranchPoint:
         """The branch point of some of the texts.
 
-        Whatever has N along its first of several axes (masks, rotary tables) is taken to belong to the texts.
+        Whatever has the rows along its first of several axes (masks, rotary tables), or the one row's tokens along its
+        second, is taken to belong to them.
         """
-        select = partial(_of_texts, texts=texts, num_texts=len(self.hidden))
+        select = partial(_of_texts, kept=kept)
         calls = [Call(select(call.args), select(call.kwargs)) for call in self.calls]
-        return BranchPoint(self.hidden[texts], calls, self.output[texts])
+        return BranchPoint(select(self.hidden), calls, select(self.output))
 
 
 class TopBlocks:
@@ -199,13 +201,14 @@ def _modules_after(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> tuple
     return tuple(order[order.index(blocks[-1]) + 1 :])
 
 
-def _of_texts(value: Any, texts: Tensor, num_texts: int) -> Any:
+def _of_texts(value: Any, kept: Kept) -> Any:
     if isinstance(value, Tensor):
-        return value[texts] if value.dim() > 1 and len(value) == num_texts else value
+        belongs = value.dim() > 1 and value.shape[kept.axis] == kept.size and (kept.axis == 0 or len(value) == 1)
+        return value.index_select(kept.axis, kept.places) if belongs else value
     if isinstance(value, tuple | list):
-        return type(value)(_of_texts(item, texts, num_texts) for item in value)
+        return type(value)(_of_texts(item, kept) for item in value)
     if isinstance(value, dict):
-        return {name: _of_texts(item, texts, num_texts) for name, item in value.items()}
+        return {name: _of_texts(item, kept) for name, item in value.items()}
     return value
 
 

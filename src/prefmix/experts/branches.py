@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from prefmix.experts.blocks import BranchPoint, TopBlocks, find_blocks, linear_layers
 from prefmix.experts.branch_decoder import BranchDecoder, ExpertReader
+from prefmix.experts.flat_attention import flat_attention
 from prefmix.experts.head_decoder import HeadDecoder
 from prefmix.experts.heads import HEADS, NONE
 from prefmix.experts.interface import (
@@ -31,10 +32,20 @@ from prefmix.experts.interface import (
 )
 from prefmix.experts.lora import LoraBank, LoraMatrices
 from prefmix.experts.output_head import OutputHead, find_output_head
+from prefmix.experts.reading import Reading, padded_reading, run_reading
+from prefmix.experts.text_reader import TextReader
 from prefmix.experts.trained_trunk import TRUNKS
-from prefmix.experts.trunk import freeze, pack_completions, run_trunk, trunk_states
+from prefmix.experts.trunk import freeze
 
 ALL_BLOCKS = -1
+
+
+class _Look(NamedTuple):
+    """What a look without gradient leaves for the pass that comes back: tokens, their layout, the trunk's states."""
+
+    input_ids: Tensor
+    reading: Reading
+    point: BranchPoint | None
 
 
 class BranchedExperts(AbstractSharedBaseExperts):
@@ -97,7 +108,8 @@ class BranchedExperts(AbstractSharedBaseExperts):
         self.head = HEADS[head](self.output_head, num_experts, rank, generator)
         self.keeps_activations = self.branches is not None
         self._recomputes = False
-        self._looked: tuple[Tensor, BranchPoint | None] | None = None
+        self._reader = TextReader(model)
+        self._looked: _Look | None = None
 
     @property
     def output_head(self) -> OutputHead:
@@ -118,64 +130,67 @@ class BranchedExperts(AbstractSharedBaseExperts):
             texts: right-padded token ids; packed final states say nothing about the blocks below.
         """
         assert isinstance(texts, PaddedTexts), "experts with branches or a trained trunk read token ids"
-        point = self._branch_point(texts)
+        reading = self._read(texts)
+        point = self._branch_point(reading)
         # A cheap M-step looks without gradient and comes back at once for the same texts (`for_learners`).
         looks = not torch.is_grad_enabled() and self.training and not self.trunk.trains
-        self._looked = (texts.input_ids, point) if looks else None
+        self._looked = _Look(texts.input_ids, reading, point) if looks else None
         with torch.no_grad():
-            reference = self.head.log_probs(self._reference_states(texts, point), self.output_head, NONE)
-        log_probs = self._shared_log_probs(texts) if self.branches is None else self._branch_log_probs(texts, point)
+            reference = self.head.log_probs(self._reference_states(reading, point), self.output_head, NONE)
+        log_probs = self._shared_log_probs(reading) if self.branches is None else self._branch_log_probs(reading, point)
         return ExpertLogProbs(log_probs, reference.base_log_probs[:, None].expand(-1, self.num_experts))
 
     def for_learners(self, texts: PackedStates | PaddedTexts, learners: Bool[Tensor, "N K"]) -> ExpertLogProbs:
         """Every expert's blocks and head read only the texts that it learns from; 0 stands for all others."""
         assert isinstance(texts, PaddedTexts), "experts with branches or a trained trunk read token ids"
         looked, self._looked = self._looked, None
+        if looked is None or looked.input_ids is not texts.input_ids:
+            reading = self._read(texts)
+            looked = _Look(texts.input_ids, reading, self._branch_point(reading) if self.branches is not None else None)
         if self.branches is None:
-            log_probs = self._shared_log_probs(texts)
+            log_probs = self._shared_log_probs(looked.reading)
         else:
-            known = looked is not None and looked[0] is texts.input_ids
-            point = looked[1] if looked is not None and known else self._branch_point(texts)
-            log_probs = self._branch_log_probs(texts, point, learners)
+            log_probs = self._branch_log_probs(looked.reading, looked.point, learners)
         return ExpertLogProbs(log_probs, torch.zeros_like(log_probs))
 
-    def _branch_point(self, texts: PaddedTexts) -> BranchPoint | None:
+    def _read(self, texts: PaddedTexts) -> Reading:
+        return self._reader.read(texts) if self.prefix_sharing else padded_reading(texts)
+
+    def _branch_point(self, reading: Reading) -> BranchPoint | None:
         """One pass of the trunk; None where no block stands above a trunk (n = 0 and n = all)."""
         if self._top is None:
             return None
-        if self.trunk.trains:
-            with self.trunk.applied():
-                return self._top.run_trunk(texts.input_ids, texts.attention_mask, through=False, use_cache=False)
-        with torch.no_grad():
-            return self._top.run_trunk(texts.input_ids, texts.attention_mask, through=True, use_cache=False)
+        gradient = torch.is_grad_enabled() and self.trunk.trains
+        tokens = (reading.input_ids, reading.attention_mask)
+        with self.trunk.applied(), flat_attention(self.trunk.model, reading.spans), torch.set_grad_enabled(gradient):
+            return self._top.run_trunk(*tokens, through=not self.trunk.trains, **reading.options)
 
-    def _reference_states(self, texts: PaddedTexts, point: BranchPoint | None) -> PackedStates:
+    def _reference_states(self, reading: Reading, point: BranchPoint | None) -> PackedStates:
         if point is None or self._top is None or self.trunk.trains:
-            return pack_completions(trunk_states(self.base_model, texts.input_ids, texts.attention_mask), texts)
-        return self._packed(self._top, point.output, texts)
+            return run_reading(self.base_model, reading)
+        return self._packed(self._top, point.output, reading)
 
-    def _shared_log_probs(self, texts: PaddedTexts) -> Float[Tensor, "N K"]:
+    def _shared_log_probs(self, reading: Reading) -> Float[Tensor, "N K"]:
         """Where n = 0: all experts read the states of the trained trunk."""
         with self.trunk.applied():
-            output = run_trunk(self.trunk.model, texts.input_ids, texts.attention_mask, use_cache=False)
-        states = pack_completions(output.last_hidden_state, texts)
+            states = run_reading(self.trunk.model, reading)
         return self.head.log_probs(states, self.output_head).log_probs
 
     def _branch_log_probs(
-        self, texts: PaddedTexts, point: BranchPoint | None, learners: Bool[Tensor, "N K"] | None = None
+        self, reading: Reading, point: BranchPoint | None, learners: Bool[Tensor, "N K"] | None = None
     ) -> Float[Tensor, "N K"]:
         """All texts under every expert, or those that it learns from and 0 for the others."""
         assert self.branches is not None
         columns = []
         for k, matrices in enumerate(self.branches.unbind()):
             rows = None if learners is None else learners[:, k].nonzero()[:, 0]
-            if rows is None or len(rows) == len(texts.input_ids):
-                columns.append(self._one_at_a_time(k, matrices, texts, point))
+            if rows is None or len(rows) == reading.num_texts:
+                columns.append(self._one_at_a_time(k, matrices, reading, point))
                 continue
-            column = torch.zeros(len(texts.input_ids), device=rows.device)
+            column = torch.zeros(reading.num_texts, device=rows.device)
             if len(rows):
-                part = PaddedTexts(*(field[rows] for field in texts))
-                found = self._one_at_a_time(k, matrices, part, None if point is None else point.select(rows))
+                part, kept = reading.select(rows)
+                found = self._one_at_a_time(k, matrices, part, None if point is None else point.select(kept))
                 column = column.to(found.dtype).index_put((rows,), found)
             columns.append(column)
         return torch.stack(columns, dim=1)
@@ -187,21 +202,22 @@ class BranchedExperts(AbstractSharedBaseExperts):
         return self._expert_log_probs(*args)
 
     def _expert_log_probs(
-        self, expert: int, matrices: list[LoraMatrices], texts: PaddedTexts, point: BranchPoint | None
+        self, expert: int, matrices: list[LoraMatrices], reading: Reading, point: BranchPoint | None
     ) -> Float[Tensor, "N"]:
         assert self.branches is not None
         with self.branches.applied(matrices):
             if point is not None and self._top is not None:
-                states = self._packed(self._top, self._top.replay(point), texts)
+                with flat_attention(self.trunk.model, reading.spans):
+                    hidden = self._top.replay(point)
+                states = self._packed(self._top, hidden, reading)
             else:
-                output = run_trunk(self.base_model, texts.input_ids, texts.attention_mask, use_cache=False)
-                states = pack_completions(output.last_hidden_state, texts)
+                states = run_reading(self.base_model, reading)
         return self.head.log_probs(states, self.output_head, slice(expert, expert + 1)).log_probs[:, 0]
 
     @staticmethod
-    def _packed(top: TopBlocks, hidden: Float[Tensor, "N L D"], texts: PaddedTexts) -> PackedStates:
+    def _packed(top: TopBlocks, hidden: Float[Tensor, "R M D"], reading: Reading) -> PackedStates:
         """Only completion positions go through the norm."""
-        states = pack_completions(hidden, texts)
+        states = reading.completions(hidden)
         return states._replace(hidden=top.norm(states.hidden))
 
     def decoder(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefmix.experts.base_model import BaseModel
+from prefmix.experts.flat_attention import recompute_contexts
 from prefmix.experts.head_decoder import HeadDecoder
 from prefmix.experts.interface import (
     AbstractExpertDecoder,
@@ -22,6 +23,8 @@ from prefmix.experts.interface import (
     PackedStates,
     PaddedTexts,
 )
+from prefmix.experts.reading import padded_reading
+from prefmix.experts.text_reader import TextReader
 from prefmix.experts.whole_model import check_whole_model, next_token_logits, text_log_probs_of
 
 
@@ -78,6 +81,8 @@ class IndependentExperts(AbstractExperts):
         self._own_references = nn.ModuleList(own[index].model.requires_grad_(False).eval() for index in sorted(own))
         if self.devices is not None:
             self._place(self.devices)
+        self._readers = [TextReader(model) for model in self.expert_models]
+        self._reference_readers = {index: TextReader(self._reference(index)) for index in set(self._reference_index)}
 
     @property
     def expert_models(self) -> list[PreTrainedModel]:
@@ -97,8 +102,13 @@ class IndependentExperts(AbstractExperts):
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Recomputes the experts' blocks in the backward pass instead of keeping their activations."""
+        given = options.get("activation_checkpointing_kwargs") or {}
+        if given.get("use_reentrant"):
+            self.prefix_sharing = False  # that kind of checkpoint cannot be told how texts lie when it runs again
+        else:
+            given = given | {"use_reentrant": False, "context_fn": recompute_contexts}
         for model in self.expert_models:
-            cast(Any, model).gradient_checkpointing_enable(options.get("activation_checkpointing_kwargs"))
+            cast(Any, model).gradient_checkpointing_enable(given)
 
     def freeze_experts(self, experts: Sequence[int]) -> None:
         """These models get no gradient and no backward pass."""
@@ -112,16 +122,20 @@ class IndependentExperts(AbstractExperts):
             texts: right-padded token ids; whole models have no trunk in common whose states could be cached.
         """
         assert isinstance(texts, PaddedTexts), "independent experts read token ids (cache_states=off)"
-        log_probs = [self._log_probs(model, texts) for model in self.expert_models]
+        experts = zip(self.expert_models, self._readers, strict=True)
+        log_probs = [self._log_probs(model, reader, texts) for model, reader in experts]
         with torch.no_grad():
-            distinct = {index: self._log_probs(self._reference(index), texts) for index in set(self._reference_index)}
+            distinct = {
+                index: self._log_probs(self._reference(index), reader, texts)
+                for index, reader in self._reference_readers.items()
+            }
         references = [distinct[index] for index in self._reference_index]
         return ExpertLogProbs(torch.stack(log_probs, dim=1), torch.stack(references, dim=1))
 
     def for_learners(self, texts: PackedStates | PaddedTexts, learners: Bool[Tensor, "N K"]) -> ExpertLogProbs:
         """Every model reads only the texts that it learns from; 0 stands for all others and for the references."""
         assert isinstance(texts, PaddedTexts), "independent experts read token ids (cache_states=off)"
-        log_probs = [self._some_log_probs(model, texts, learners[:, k]) for k, model in enumerate(self.expert_models)]
+        log_probs = [self._some_log_probs(k, texts, learners[:, k]) for k in range(self.num_experts)]
         stacked = torch.stack(log_probs, dim=1)
         return ExpertLogProbs(stacked, torch.zeros_like(stacked))
 
@@ -169,19 +183,19 @@ class IndependentExperts(AbstractExperts):
     def _reference(self, index: int) -> PreTrainedModel:
         return self.base_model if index < 0 else cast(PreTrainedModel, self._own_references[index])
 
-    def _log_probs(self, model: PreTrainedModel, texts: PaddedTexts) -> Float[Tensor, "N"]:
+    def _log_probs(self, model: PreTrainedModel, reader: TextReader, texts: PaddedTexts) -> Float[Tensor, "N"]:
         home, device = texts.input_ids.device, model.get_output_embeddings().weight.device
         there = PaddedTexts(*(field.to(device) for field in texts))
+        reading = reader.read(there) if self.prefix_sharing else padded_reading(there)
         with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            return text_log_probs_of(model, there).to(home)
+            return text_log_probs_of(model, reading).to(home)
 
-    def _some_log_probs(
-        self, model: PreTrainedModel, texts: PaddedTexts, chosen: Bool[Tensor, "N"]
-    ) -> Float[Tensor, "N"]:
+    def _some_log_probs(self, expert: int, texts: PaddedTexts, chosen: Bool[Tensor, "N"]) -> Float[Tensor, "N"]:
         column = torch.zeros(len(chosen), device=chosen.device)
         if not chosen.any():
             return column
-        found = self._log_probs(model, PaddedTexts(*(field[chosen] for field in texts)))
+        some = PaddedTexts(*(field[chosen] for field in texts))
+        found = self._log_probs(self.expert_models[expert], self._readers[expert], some)
         return column.index_put((chosen.nonzero()[:, 0],), found)
 
     def _place(self, devices: Sequence[torch.device]) -> None:

@@ -81,11 +81,13 @@ class AbstractExperts(nn.Module, ABC):
         base_model: a frozen model: what the gate and the probe read of prompts and texts, and the (shared) reference.
         keeps_activations: whether a pass with gradient keeps activations of all K experts. A cheap M-step then looks
             at all of them without gradient and comes back for those that learn (`for_learners`).
+        prefix_sharing: whether token ids that several texts begin with are read once where the architecture allows.
     """
 
     num_experts: int
     base_model: PreTrainedModel
     keeps_activations: bool = False
+    prefix_sharing: bool = True
 
     @abstractmethod
     def forward(self, texts: PackedStates | PaddedTexts) -> ExpertLogProbs:

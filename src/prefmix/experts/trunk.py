@@ -6,7 +6,7 @@ Legend: N texts, L padded length, T completion tokens, D hidden.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -47,9 +47,9 @@ def run_trunk(
     attention_mask: Int[Tensor, "N L"],
     **options: Any,
 ) -> Any:
-    """The trunk's own output object for the last M of L positions; positions count tokens, not padding."""
+    """The trunk's own output object for the last M of L positions; unless told, positions count tokens, not padding."""
     trunk = model.get_decoder()
-    if "position_ids" in inspect.signature(trunk.forward).parameters:
+    if "position_ids" not in options and "position_ids" in inspect.signature(trunk.forward).parameters:
         positions = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
         options["position_ids"] = positions[:, -input_ids.shape[1] :]
     return trunk(input_ids=input_ids, attention_mask=attention_mask, **options)
@@ -62,7 +62,18 @@ def pack_completions(states: Float[Tensor, "N L D"], texts: PaddedTexts) -> Pack
     c0 and c1. The first token of a text has no state before it, so a text with an empty prompt is scored from its
     second token on (as in TRL).
     """
-    predicts = texts.completion_mask[:, 1:].bool()
-    text, position = predicts.nonzero(as_tuple=True)
+    text, position = completion_places(texts)
     targets = texts.input_ids[text, position + 1]
     return PackedStates(states[text, position], targets, text, len(texts.input_ids))
+
+
+class CompletionPlaces(NamedTuple):
+    """Where the token before each completion token stands: its text and its position there, texts in order."""
+
+    text: Int[Tensor, "T"]
+    position: Int[Tensor, "T"]
+
+
+def completion_places(texts: PaddedTexts) -> CompletionPlaces:
+    """The places of the states that predict completion tokens."""
+    return CompletionPlaces(*texts.completion_mask[:, 1:].nonzero(as_tuple=True))

@@ -1,6 +1,6 @@
 """Sequence log-probabilities of a whole model: trunk, then the output head at completion positions only.
 
-Legend: N texts, L padded length, T completion tokens, D hidden, V vocabulary, B sequences.
+Legend: N texts, T completion tokens, D hidden, V vocabulary, B sequences.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from prefmix.experts.interface import PaddedTexts
 from prefmix.experts.output_head import SCALES
-from prefmix.experts.trunk import pack_completions, run_trunk
+from prefmix.experts.reading import Reading, run_reading
+from prefmix.experts.trunk import run_trunk
 
 # Logits of this many tokens exist at once, forward and backward: 1024 x 50,000 float32 are 200 MB.
 _TOKENS = 1024
 
 
-def text_log_probs_of(model: PreTrainedModel, texts: PaddedTexts) -> Float[Tensor, "N"]:
+def text_log_probs_of(model: PreTrainedModel, reading: Reading) -> Float[Tensor, "N"]:
     """Log pi(y | x) of every text, float32, nats; carries the gradient to all of the model's weights.
 
         log pi(y | x) = sum_t log softmax(head(h_t))[y_t]
@@ -28,10 +28,9 @@ def text_log_probs_of(model: PreTrainedModel, texts: PaddedTexts) -> Float[Tenso
 
     Args:
         model: a causal language model whose logits `check_whole_model` found to be ours.
-        texts: N right-padded texts, on the model's device.
+        reading: N texts, on the model's device.
     """
-    hidden = run_trunk(model, texts.input_ids, texts.attention_mask, use_cache=False).last_hidden_state
-    states = pack_completions(hidden, texts)
+    states = run_reading(model, reading)
     pieces = [
         checkpoint(_token_log_probs, model, part, targets, use_reentrant=False)
         if torch.is_grad_enabled()

@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 HEADS_RATE, LORA_RATE, MODELS_RATE = 2e-3, 2e-4, 1e-6
+
+
+@dataclass
+class ReadingOptions:
+    """How experts that read token ids read them."""
+
+    prefix_sharing: bool = field(
+        default=True,
+        metadata={
+            "help": "Read what several texts of a batch begin with once: a prompt serves chosen and rejected. Equal up "
+            "to rounding, and faster; models whose attention does not allow it read padded rows, as false always does."
+        },
+    )
 
 
 def default_learning_rate(values: Mapping[str, Any]) -> float:

@@ -22,6 +22,7 @@ from prefmix.data.readers import read_source
 from prefmix.data.tokenization import tokenize_rows
 from prefmix.data.users import MetadataEncoder
 from prefmix.experts.base_model import BaseModel, load_base
+from prefmix.experts.interface import AbstractExperts
 from prefmix.experts.trunk_cache import TrunkStates, build_trunk_states
 from prefmix.mixture.gates import Gate
 from prefmix.policy.mixture_model import MixtureModel
@@ -170,6 +171,9 @@ def build_model(
     """K experts at their start and a uniform gate, seeded by `args.seed`."""
     generator = torch.Generator().manual_seed(args.seed)
     experts = starting_experts(base, args, expert_description(args), generator)
+    for part in experts.modules():
+        if isinstance(part, AbstractExperts):
+            part.prefix_sharing = args.prefix_sharing
     terms = tuple(args.gate)
     gate = Gate(
         args.num_experts,
