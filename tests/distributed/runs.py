@@ -7,6 +7,7 @@ Every process writes what it ended with: parameters, optimizer, EM's memory, and
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from prefmix.experts.spread_experts import SpreadExperts
 from prefmix.training.config import MixtureConfig
 from prefmix.training.sharding import load_whole, own_part, whole, whole_optimizer_state, whole_tensor
 from prefmix.training.trainer import MixtureTrainer
@@ -36,11 +38,24 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "user": {"latent": "user", "init": "random", "init_hold_epochs": 0.5, "save_steps": 2},
     "pair": {
         "latent": "pair", "gate": ["global", "user", "metadata"], "init": "kmeans", "init_hold_epochs": 0.0,
-        "save_steps": 5, "group_texts": True, "cache_states": "off", "label_noise": 0.05,
+        "save_steps": 4, "group_texts": True, "cache_states": "off", "label_noise": 0.05,
     },
     "fsdp": {
         "latent": "user", "init": "random", "init_hold_epochs": 0.5, "save_steps": 2, "cache_states": "off",
         "gate_update": "gradient", "sharding": "fsdp2",
+    },
+    "parallel": {  # experts 0 and 2 on the first process, the wider expert 1 on the second
+        "expert_kind": "independent", "expert_models": ["base", "wide", "base"], "latent": "user", "init": "random",
+        "init_hold_epochs": 0.5, "save_steps": 2, "max_grad_norm": 0.3,
+    },
+    "parallel gates": {
+        "expert_kind": "independent", "expert_models": ["wide", "base", "wide"], "reference": "shared",
+        "latent": "pair", "gate": ["global", "user", "metadata"], "init": "experts", "save_steps": 5,
+        "gradient_accumulation_steps": 2, "m_step": "top", "freeze_experts": [2], "max_grad_norm": 0.0,
+    },
+    "parallel draws": {  # everything that is random; in one model attention drops out too
+        "expert_kind": "independent", "expert_models": ["base", "dropping", "base"], "latent": "user", "init": "random",
+        "init_hold_epochs": 0.0, "save_steps": 2, "m_step": "sampled", "token_dropout": 0.3,
     },
     "fsdp branches": {
         "latent": "user", "init": "random", "init_hold_epochs": 0.5, "save_steps": 2, "cache_states": "off",
@@ -61,36 +76,103 @@ def rows() -> list[dict[str, Any]]:
     return found
 
 
+def make_model(**shape: Any) -> LlamaForCausalLM:
+    """A tiny model with opinions; the same for the same shape."""
+    torch.manual_seed(0)
+    defaults: dict[str, Any] = {
+        "vocab_size": len(WORDS) + 2, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**(defaults | shape))).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:  # Llama's small initial weights give nearly uniform predictions, which hide mistakes
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "wide": {"hidden_size": 24, "num_hidden_layers": 1},
+    "dropping": {"attention_dropout": 0.2},
+}
+
+
+def model_folders(place: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+    """Folders of `MODELS`, which both processes name alike: whoever comes first leaves them there."""
+    for name, shape in MODELS.items():
+        own = place / f"{name}-of-{os.environ.get('RANK', '0')}"
+        if not (place / name).exists():
+            make_model(**shape).save_pretrained(str(own))
+            tokenizer.save_pretrained(str(own))
+            with contextlib.suppress(OSError):  # the other one was faster
+                os.rename(own, place / name)
+    return {name: str(place / name) for name in MODELS}
+
+
 def make_trainer(run_dir: Path, num_processes: int, **fields: Any) -> MixtureTrainer:
     """A trainer whose experts differ from the start and from each other."""
-    torch.manual_seed(0)
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
-    shape = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
-    model = LlamaForCausalLM(shape).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:  # Llama's small initial weights give nearly uniform predictions, which hide mistakes
-            torch.nn.init.normal_(parameter, std=0.3)
+    folders = model_folders(run_dir.parent, tokenizer)
+    readers = 1 if fields.get("expert_parallel") else num_processes
+    accumulated = fields.get("gradient_accumulation_steps", 1)
     defaults: dict[str, Any] = {
         "num_experts": 3, "expert_rank": 2, "num_train_epochs": 2, "logging_steps": 2, "save_strategy": "steps",
-        "save_total_limit": None, "per_device_train_batch_size": GLOBAL_BATCH // num_processes, "use_cpu": True,
-        "disable_tqdm": True, "learning_rate": 1e-2, "cache_dir": str(run_dir.parent / "cache"),
+        "save_total_limit": None, "use_cpu": True, "disable_tqdm": True, "learning_rate": 1e-2,
+        "per_device_train_batch_size": GLOBAL_BATCH // readers // accumulated,
+        "cache_dir": str(run_dir.parent / "cache"),
         "num_processes": num_processes, "eval_strategy": "steps", "eval_steps": 3,
     }  # fmt: skip
-    base = run_dir.parent / f"base-{os.environ.get('RANK', '0')}"
-    model.save_pretrained(str(base))
-    tokenizer.save_pretrained(str(base))
-    trainer = MixtureTrainer(
-        base, MixtureConfig(str(run_dir), **(defaults | fields)), train_dataset=rows(), eval_dataset=rows()[:7],
-    )  # fmt: skip
-    start = {name: p for name, p in trainer.mixture.named_parameters() if p.requires_grad and "gate" not in name}
-    load_whole(trainer.mixture, {k: whole_tensor(p.data) + 0.3 * torch.randn(p.shape) for k, p in start.items()})
+    named = {"expert_models": [folders[name] for name in fields.get("expert_models", [])]}
+    args = MixtureConfig(str(run_dir), **(defaults | fields | named))
+    torch.manual_seed(0)
+    trainer = MixtureTrainer(folders["base"], args, train_dataset=rows(), eval_dataset=rows()[:7])
+    if named["expert_models"]:
+        for expert, model in own_models(trainer).items():
+            move(model, torch.Generator().manual_seed(expert), 0.1)
+    else:
+        move(trainer.mixture.experts, torch.Generator().manual_seed(0), 0.3)
     return trainer
+
+
+def move(module: torch.nn.Module, generator: torch.Generator, by: float) -> None:
+    """Adds noise to everything that trains."""
+    start = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    noise = {name: by * torch.randn(p.shape, generator=generator) for name, p in start.items()}
+    load_whole(module, {name: whole_tensor(p.data) + noise[name] for name, p in start.items()})
+
+
+def own_models(trainer: MixtureTrainer) -> dict[int, torch.nn.Module]:
+    """The whole models that this process holds."""
+    experts = trainer.mixture.experts
+    if isinstance(experts, SpreadExperts):
+        return {expert: experts.own_model(expert) for expert in experts.own_experts}
+    return dict(enumerate(experts.models))
+
+
+def ended_with_experts(trainer: MixtureTrainer) -> dict[str, torch.Tensor]:
+    """As `ended_with` for whole models, by expert: those of this process, and what all processes have."""
+    found = {f"gate.{name}": value for name, value in trainer.mixture.gate.state_dict().items()}
+    found |= {f"em.{name}": value for name, value in trainer.em.state_dict().items()}
+    parts = {f"expert_{expert}": model for expert, model in own_models(trainer).items()}
+    for part, module in (parts | {"gate": trainer.mixture.gate}).items():
+        for name, parameter in module.named_parameters():
+            found[f"{part}.{name}"] = parameter
+            moments = trainer.optimizer.state.get(parameter, {})
+            found |= {f"{part}.{name}.{key}": torch.as_tensor(value) for key, value in moments.items()}
+    return {name: value.detach().clone().contiguous() for name, value in found.items()}
+
+
+def held_numbers(trainer: MixtureTrainer) -> dict[str, int]:
+    """How many numbers of the experts, of all models and of moments this process holds."""
+    moments = [m for state in trainer.optimizer.state.values() for m in state.values() if m.dim() > 0]
+    return {
+        "trained": sum(p.numel() for model in own_models(trainer).values() for p in model.parameters()),
+        "models": sum(p.numel() for p in trainer.mixture.experts.parameters()),
+        "moments": sum(m.numel() for m in moments),
+    }
 
 
 def ended_with(trainer: MixtureTrainer) -> dict[str, torch.Tensor]:
@@ -127,19 +209,25 @@ def history(trainer: MixtureTrainer) -> list[dict[str, float]]:
 def work(folder: Path, name: str) -> None:
     """Trains a scenario to its end, then once more from its first checkpoint, and writes both ends."""
     fields, processes = SCENARIOS[name], int(os.environ["WORLD_SIZE"])
-    for kind in ("whole", "resumed"):
+    spread = name.startswith("parallel")
+    fields = fields | ({"expert_parallel": True} if spread else {})
+    kinds = ["whole", "resumed"] + (["continued"] if (folder / f"{name}-one").exists() else [])
+    for kind in kinds:
         run_dir = folder / f"{name}-{kind}"
         trainer = make_trainer(run_dir, processes, **fields)
         rank = trainer.args.process_index
         assert trainer.accelerator.num_processes == torch.distributed.get_world_size() == processes
         checkpoint = run_dir / f"checkpoint-{fields['save_steps']}"
-        if kind == "resumed" and rank == 0:
-            shutil.copytree(folder / f"{name}-whole" / checkpoint.name, checkpoint)
+        if kind != "whole" and rank == 0:  # from where these two processes were, or from where one was
+            source = f"{name}-whole" if kind == "resumed" else f"{name}-one"
+            shutil.copytree(folder / source / checkpoint.name, checkpoint)
         trainer.accelerator.wait_for_everyone()
-        trainer.train(resume_from_checkpoint=kind == "resumed")
+        trainer.train(resume_from_checkpoint=kind != "whole")
         metrics = trainer.evaluate()
-        save_file(ended_with(trainer), str(folder / f"{name}-{kind}-{rank}.safetensors"))
-        text = json.dumps({"history": history(trainer), "metrics": metrics, "share": held_share(trainer)})
+        ends = ended_with_experts(trainer) if spread else ended_with(trainer)
+        save_file(ends, str(folder / f"{name}-{kind}-{rank}.safetensors"))
+        held = {"numbers": held_numbers(trainer)} if spread else {"share": held_share(trainer)}
+        text = json.dumps({"history": history(trainer), "metrics": metrics, **held})
         (folder / f"{name}-{kind}-{rank}.json").write_text(text, encoding="utf-8")
 
 

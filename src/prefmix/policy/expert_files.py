@@ -8,6 +8,7 @@ frozen references of whole models are found again where they came from, or copie
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,7 @@ from prefmix.experts.base_model import BaseModel, load_base
 from prefmix.experts.build import build_experts
 from prefmix.experts.independent import IndependentExperts
 from prefmix.experts.interface import AbstractExperts
+from prefmix.experts.spread_experts import SpreadExperts
 from prefmix.policy.adapters import write_adapter
 from prefmix.policy.config import PolicyConfig
 
@@ -30,9 +32,31 @@ SHARED_FILE = "trunk.safetensors"
 
 
 def write_experts(
-    experts: AbstractExperts, folder: Path, config: PolicyConfig, tokenizer: PreTrainedTokenizerBase
+    experts: AbstractExperts,
+    folder: Path,
+    config: PolicyConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    written: Path | None = None,
 ) -> PolicyConfig:
-    """Writes every expert into its folder; returns the config that describes what was written."""
+    """Writes every expert into its folder; returns the config that describes what was written.
+
+    Args:
+        experts: K experts, all here unless they are written already.
+        folder: of the policy.
+        config: describes the experts.
+        tokenizer: goes with whole models.
+        written: a folder with finished `expert_k` of whole models, which are moved into `folder`; whoever wrote them
+            has seen to it that their references can be found again.
+
+    Raises:
+        ValueError: the experts live on several processes.
+    """
+    if written is not None:
+        for expert in range(config.num_experts):
+            os.rename(written / f"expert_{expert}", folder / f"expert_{expert}")
+        return config
+    if isinstance(experts, SpreadExperts):
+        raise ValueError("expert_parallel: no process holds all experts; save with trainer.save_model()")
     for expert in range(config.num_experts):
         place = folder / f"expert_{expert}"
         place.mkdir()

@@ -83,7 +83,9 @@ class MixturePolicy:
         return {int(token) for token in found if token is not None}
 
     # --- disk ---------------------------------------------------------------------------------------------------------
-    def save_pretrained(self, path: str | Path, *, user_state: bool = True) -> None:
+    def save_pretrained(
+        self, path: str | Path, *, user_state: bool = True, experts_folder: str | Path | None = None
+    ) -> None:
         """Writes the policy folder atomically; an earlier policy there is replaced, anything else is refused.
 
         The base model is recorded by source and hash, and copied only where it cannot be found again.
@@ -91,10 +93,13 @@ class MixturePolicy:
         Args:
             path: the folder.
             user_state: whether to write what is known of users; without it all users are unknown to the copy.
+            experts_folder: a folder with finished `expert_k`, which are moved into the policy instead of written (the
+                processes of an expert-parallel run write their own).
         """
         self.config = self._described()
         parts = PolicyParts(self.model, self.tokenizer, self.config, self.users, self.metadata_encoder)
-        write_policy(path, parts, user_state=user_state)
+        written = None if experts_folder is None else Path(experts_folder)
+        write_policy(path, parts, user_state=user_state, experts_folder=written)
         self.path = Path(path)
 
     @classmethod

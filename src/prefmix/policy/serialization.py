@@ -53,13 +53,16 @@ class PolicyParts(NamedTuple):
     metadata_encoder: MetadataEncoder | None
 
 
-def write_policy(path: str | Path, parts: PolicyParts, *, user_state: bool = True) -> None:
+def write_policy(
+    path: str | Path, parts: PolicyParts, *, user_state: bool = True, experts_folder: Path | None = None
+) -> None:
     """Writes or replaces a policy folder atomically.
 
     Args:
         path: the folder; an existing policy there is replaced, anything else is refused.
         parts: what to write.
         user_state: whether anything about single users is written: names, evidence, rows of the gate's user term.
+        experts_folder: see `write_experts`.
 
     Raises:
         ValueError: `path` holds something that is not a policy.
@@ -70,7 +73,7 @@ def write_policy(path: str | Path, parts: PolicyParts, *, user_state: bool = Tru
             config = _copy_base(parts, folder)
         elif Path(config.base_source).exists():
             config = replace(config, base_source=os.path.abspath(config.base_source))
-        config = write_experts(parts.model.experts, folder, config, parts.tokenizer)
+        config = write_experts(parts.model.experts, folder, config, parts.tokenizer, experts_folder)
         config = _write_gate(parts, config, folder, user_state)
         if user_state:
             (folder / "users").mkdir()

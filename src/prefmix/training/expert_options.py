@@ -37,7 +37,7 @@ def expert_problems(values: Mapping[str, Any]) -> list[str]:
     """Why kind, models, starts and frozen experts do not go together, or nothing."""
     independent = values["expert_kind"] == "independent"
     problems = _independent_problems(values) if independent else _shared_base_problems(values)
-    problems += _count_problems(values)
+    problems += _count_problems(values) + _parallel_problems(values)
     starts_differ = bool(values["init_experts"]) or (bool(values["expert_models"]) and values["reference"] == "shared")
     if values["init"] == "experts" and not starts_differ:
         problems.append(
@@ -84,6 +84,26 @@ def _shared_base_problems(values: Mapping[str, Any]) -> list[str]:
         problems.append(
             "gradient_checkpointing=true: only whole models (expert_kind='independent') and LoRA branches "
             "(branch_depth) recompute activations; leave it off"
+        )
+    return problems
+
+
+def _parallel_problems(values: Mapping[str, Any]) -> list[str]:
+    if not values["expert_parallel"]:
+        return []
+    problems = []
+    if values["expert_kind"] != "independent":
+        problems.append(
+            f"expert_parallel=true with expert_kind={values['expert_kind']!r}: experts over one base are small; "
+            "use expert_kind='independent', or plain processes, which share the rows"
+        )
+    if values["expert_devices"]:
+        problems.append("expert_devices with expert_parallel=true: each process has its device; leave them out")
+    processes = values["num_processes"]
+    if processes is not None and processes > values["num_experts"]:
+        problems.append(
+            f"expert_parallel=true with num_processes={processes}, num_experts={values['num_experts']}: some processes "
+            "would hold no expert; start at most num_experts"
         )
     return problems
 

@@ -67,6 +67,9 @@ class MixtureOptions(ReadingOptions):
         "all against the base model.",
     )
     expert_devices: list[str] = _field([], "independent: a device for each expert (cuda:0, cpu); empty: one for all.")
+    expert_parallel: bool = _field(
+        False, "independent: expert k lives on process k mod W, and all W processes read the same rows (W <= K)."
+    )
     init_experts: list[str] = _field(
         [], "Experts to start from: a policy folder, or PEFT adapters over the base, one each or one for all."
     )

@@ -26,11 +26,11 @@ from transformers.trainer_utils import TrainOutput
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.training import checkpoint as store
-from prefmix.training import sharding
 from prefmix.training.config import MixtureConfig
 from prefmix.training.em_state import EMState
 from prefmix.training.metrics_log import Meter
-from prefmix.training.processes import share_object, summed
+from prefmix.training.placement import AbstractPlacement
+from prefmix.training.processes import Readers, share_object, summed
 
 FINISHED = "finished.json"
 METRICS = "metrics.jsonl"
@@ -45,6 +45,7 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
     Attributes:
         em: running evidence and responsibilities.
         meter: sums of the next line of the log.
+        placement: where weights and moments live among the processes.
         identity: what a checkpoint must agree with: data, base model, shape of the mixture.
         warm_steps: optimizer steps at the start in which every expert learns from every row.
         hold_steps: optimizer steps before experts decide responsibilities themselves.
@@ -53,6 +54,7 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
     args: MixtureConfig
     em: EMState
     meter: Meter
+    placement: AbstractPlacement
     identity: dict[str, Any]
     warm_steps: int
     hold_steps: int
@@ -73,9 +75,9 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
         """The mixture as it stands; [B, K] `log_lik` is what it says of the training rows."""
 
     @property
-    def is_sharded(self) -> bool:
-        """Whether each process holds a share of the experts."""
-        return sharding.is_sharded(self.mixture.experts)
+    def readers(self) -> Readers:
+        """The processes that read different rows of a global batch."""
+        return Readers(self.accelerator, 1 if self.args.expert_parallel else self.accelerator.num_processes)
 
     @property
     def run_dir(self) -> Path:
@@ -140,17 +142,9 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
         return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the policy folder atomically; null: `output_dir/policy`. All processes call it, the first writes."""
-        folder = output_dir or self.run_dir / POLICY
-        if not self.is_sharded:
-            if self.args.should_save:
-                self.policy.save_pretrained(folder)
-            return
-        log_lik = self.refresh_evidence()
-        with sharding.whole(self.mixture.experts):
-            if self.args.should_save:
-                self.policy_of(log_lik).save_pretrained(folder)
-            self.accelerator.wait_for_everyone()
+        """Writes the policy folder atomically; null: `output_dir/policy`. All processes must call."""
+        log_lik = self.refresh_evidence() if self.placement.joint or self.args.should_save else torch.empty(0)
+        self.placement.save_policy(lambda: self.policy_of(log_lik), Path(output_dir or self.run_dir / POLICY))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`, with the mean loss of the whole run, not of the part since it was resumed."""
@@ -236,6 +230,7 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
             self.state.best_model_checkpoint = str(best)
         self._save_optimizer_and_scheduler(str(staging))
         self._save_rng_state(str(staging))
+        self.placement.write_own(staging, self._made_optimizer)
         trained, run_state = self._trained_tensors(), self._run_state()  # every process takes part
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -248,39 +243,45 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
         self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_sharded:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        assert self.optimizer is not None and self.lr_scheduler is not None
-        state = sharding.whole_optimizer_state(self.optimizer)  # every process takes part
+        state = self.placement.optimizer_state(self._made_optimizer)  # every process takes part
         if self.args.should_save:
+            assert self.lr_scheduler is not None
             torch.save(state, Path(output_dir) / "optimizer.pt")
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self.is_sharded:
-            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
             return
-        assert self.optimizer is not None and self.lr_scheduler is not None
+        assert self.lr_scheduler is not None
         state, schedule = (
             torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
             for name in ("optimizer.pt", "scheduler.pt")
         )
-        sharding.load_whole_optimizer_state(self.optimizer, state)
+        self.placement.load_optimizer_state(self._made_optimizer, state)
+        self.placement.read_own(Path(checkpoint), self._made_optimizer)
         self.lr_scheduler.load_state_dict(schedule)
 
+    @property
+    def _made_optimizer(self) -> torch.optim.Optimizer:
+        assert self.optimizer is not None, "training has begun"
+        return self.optimizer
+
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
-        sharding.average_other_gradients(model, lambda: self.accelerator.sync_gradients)
+        self.placement.share_gradients()
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        return sharding.whole_tensor(super()._clip_grad_norm(model))
+        norm = self.placement.clip(self.args.max_grad_norm)
+        return super()._clip_grad_norm(model) if norm is None else norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Any:
+        return super()._get_grad_norm(model, self.placement.clip(math.inf) if grad_norm is None else grad_norm)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         self._load_trained_tensors(folder)
         state = load_file(str(folder / store.RUN_STATE))  # safetensors does not know torch's "cpu:0" of a process
         self.em.load_state_dict(_part(state, "em."))
-        self.meter.load_state_dict(_part(state, "meter."), self.args.device, self.accelerator.num_processes)
+        self.meter.load_state_dict(_part(state, "meter."), self.args.device, self.readers.number)
         self._loop_state = _part(state, "loop.")
 
     def restore_loop(self) -> None:
@@ -303,22 +304,17 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
         self._load_trained_tensors(best)
 
     def _load_trained_tensors(self, folder: Path) -> None:
-        saved = load_file(str(folder / store.WEIGHTS))
-        assert saved.keys() == self._trained_tensors().keys(), "check_identity compares the shape of the mixture"
-        sharding.load_whole(self.mixture, saved)
+        self.placement.load_trained_tensors(load_file(str(folder / store.WEIGHTS)))
+        self.placement.read_own(folder, None)
 
     def _trained_tensors(self) -> dict[str, Tensor]:
-        """Parameters of the experts and everything of the gate; the frozen base is not saved."""
-        trained = {name for name, parameter in self.mixture.named_parameters() if parameter.requires_grad}
-        state = self.mixture.state_dict()
-        own = {name: value for name, value in state.items() if name in trained or name.startswith("gate.")}
-        return {name: sharding.whole_tensor(value) for name, value in own.items()}
+        return self.placement.trained_tensors()
 
     def _run_state(self) -> dict[str, Tensor]:
-        over_processes = partial(summed, self.accelerator)
+        over_processes = partial(summed, self.readers)
         loop = {
             # What is logged is the mean over processes.
-            "tr_loss": over_processes(self._tr_loss.detach()).clone() / self.accelerator.num_processes,
+            "tr_loss": over_processes(self._tr_loss.detach()).clone() / self.readers.number,
             "total_loss": torch.tensor(self._total_loss_scalar, dtype=torch.float64),
             "last_logged": torch.tensor(self._globalstep_last_logged),
         }

@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 
@@ -111,19 +113,59 @@ def share_object(accelerator: Accelerator, value: Any) -> Any:
     return values[0]
 
 
-def summed(accelerator: Accelerator, tensor: Tensor) -> Tensor:
-    """The sum over processes; the tensor itself where there is one."""
-    return tensor if accelerator.num_processes == 1 else accelerator.reduce(tensor.clone(), reduction="sum")
+def share_draws(accelerator: Accelerator) -> None:
+    """Lets every process draw what the first one draws from here on."""
+    if accelerator.num_processes > 1:
+        seed = torch.randint(2**62, (1,)).to(accelerator.device)
+        dist.broadcast(seed, src=0)
+        torch.manual_seed(int(seed))
 
 
-def gathered(accelerator: Accelerator, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The rows of all processes, in their order; every process brings equally many."""
-    if accelerator.num_processes == 1:
+class Readers(NamedTuple):
+    """The processes that read different rows. Those of an expert-parallel run all read the same: they count as one.
+
+    Attributes:
+        accelerator: knows the processes.
+        number: how many parts a global batch has.
+    """
+
+    accelerator: Accelerator
+    number: int
+
+
+def follow_epochs(loader: DataLoader) -> DataLoader:
+    """A loader that accelerate has split among processes, whose order follows the epoch also where batches are skipped.
+
+    In a resumed epoch the split stands one level deeper than `set_epoch` of accelerate looks for the sampler, and rows
+    would come in the order of the first epoch.
+    """
+    shares = loader.batch_sampler
+    if isinstance(shares, BatchSamplerShard):
+        shares.sampler = shares.batch_sampler.sampler
+    return loader
+
+
+def read_by_all(loader: DataLoader) -> DataLoader:
+    """A loader that accelerate has split among processes, made to give every process all of it."""
+    shares = loader.batch_sampler
+    if isinstance(shares, BatchSamplerShard):
+        shares.num_processes, shares.process_index, shares.even_batches = 1, 0, False
+    return loader
+
+
+def summed(readers: Readers, tensor: Tensor) -> Tensor:
+    """The sum over what all have read; the tensor itself where there is one reader."""
+    return tensor if readers.number == 1 else readers.accelerator.reduce(tensor.clone(), reduction="sum")
+
+
+def gathered(readers: Readers, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The rows of all readers, in their order; every reader brings equally many."""
+    if readers.number == 1:
         return tensors
-    return tuple(accelerator.gather(tensor.detach().contiguous()) for tensor in tensors)
+    return tuple(readers.accelerator.gather(tensor.detach().contiguous()) for tensor in tensors)
 
 
-def own_rows(accelerator: Accelerator, everywhere: Tensor) -> Tensor:
+def own_rows(readers: Readers, everywhere: Tensor) -> Tensor:
     """The inverse of `gathered` for this process."""
-    size = len(everywhere) // accelerator.num_processes
-    return everywhere[accelerator.process_index * size :][:size]
+    size = len(everywhere) // readers.number
+    return everywhere[readers.accelerator.process_index * size :][:size]

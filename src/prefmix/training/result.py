@@ -87,7 +87,9 @@ def build_policy(trainer: MixtureTrainer, users: UserState) -> MixturePolicy:
 
 def identity(args: MixtureConfig, base: BaseModel, table: ComparisonTable, latent: str) -> dict[str, Any]:
     """What a checkpoint must agree with to continue this run; JSON values."""
-    return {
+    # Files of a checkpoint are one an expert then; those of other runs keep the identity that they had.
+    spread = {"expert_parallel": True} if args.expert_parallel else {}
+    return spread | {
         "data_sha256": table_sha256(table),
         "base_sha256": base.sha256,
         **{"expert_rank" if name == "rank" else name: value for name, value in expert_description(args).items()},

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -20,6 +22,50 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
 
 from prefmix.experts.interface import AbstractExperts
+from prefmix.policy.mixture_model import MixtureModel
+from prefmix.policy.mixture_policy import MixturePolicy
+from prefmix.training.placement import AbstractPlacement
+
+
+class Sharded(AbstractPlacement):
+    """Every process holds its share of the experts, base model included, and of their moments; the gate is whole."""
+
+    joint = True
+    places_itself = True
+
+    def __init__(self, mixture: MixtureModel, accelerator: Accelerator) -> None:
+        super().__init__(mixture, accelerator)
+        shard(mixture.experts, accelerator.device)
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """Whole tensors, gathered."""
+        return {name: whole_tensor(value) for name, value in super().trained_tensors().items()}
+
+    def load_trained_tensors(self, state: Mapping[str, Tensor]) -> None:
+        """Each process keeps its share."""
+        load_whole(self.mixture, state)
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The same as of a run that is not sharded."""
+        return whole_optimizer_state(optimizer)
+
+    def load_optimizer_state(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+        """Each process keeps its share."""
+        load_whole_optimizer_state(optimizer, state)
+
+    def share_gradients(self) -> None:
+        """`fully_shard` reduces what it shards; the gate is left."""
+        average_other_gradients(self.mixture, lambda: self.accelerator.sync_gradients)
+
+    def clip(self, max_norm: float) -> Tensor | None:
+        """The norm over all shares."""
+        return whole_tensor(self.accelerator.clip_grad_norm_(self.mixture.parameters(), max_norm))
+
+    def save_policy(self, policy: Callable[[], MixturePolicy], folder: Path) -> None:
+        """The first process writes while all hold everything."""
+        with whole(self.mixture.experts):
+            super().save_policy(policy, folder)
+            self.accelerator.wait_for_everyone()
 
 
 def shard(experts: AbstractExperts, device: torch.device) -> None:
@@ -36,11 +82,6 @@ def shard(experts: AbstractExperts, device: torch.device) -> None:
                 fully_shard(block, mesh=mesh, shard_placement_fn=_axis)
     fully_shard(experts, mesh=mesh, shard_placement_fn=_axis)
     register_fsdp_forward_method(experts, "for_learners")
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether `shard` was here."""
-    return isinstance(module, FSDPModule)
 
 
 @contextmanager

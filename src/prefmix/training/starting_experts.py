@@ -18,6 +18,7 @@ from prefmix.experts.build import build_experts
 from prefmix.experts.independent import IndependentExperts
 from prefmix.experts.interface import AbstractExperts
 from prefmix.experts.recombine import with_states
+from prefmix.experts.spread_experts import SpreadExperts, experts_of_process
 from prefmix.policy.config import PolicyConfig
 from prefmix.policy.expert_files import read_experts
 from prefmix.policy.folder import CONFIG_FILE, damaged_files, find_policy
@@ -58,7 +59,8 @@ class FrozenExperts:
             experts.requires_grad_(False)
         elif frozen:
             experts.freeze_experts(frozen)
-            if not isinstance(experts, IndependentExperts):  # whole models are not in the optimizer at all
+            # Whole models are not in the optimizer at all.
+            if not isinstance(experts, IndependentExperts | SpreadExperts):
                 self._states = {expert: experts.expert_state(expert) for expert in frozen}
 
     def restore(self) -> None:
@@ -67,9 +69,18 @@ class FrozenExperts:
             self._experts.load_expert_state(expert, state)
 
 
-def _independent(base: BaseModel, args: MixtureConfig) -> IndependentExperts:
+def _independent(base: BaseModel, args: MixtureConfig) -> IndependentExperts | SpreadExperts:
+    if not args.expert_parallel:
+        return _whole_models(base, args, range(args.num_experts))
+    own = experts_of_process(args.num_experts, args.world_size, args.process_index)
+    return SpreadExperts(_whole_models(base, args, own), args.num_experts, args.world_size, args.process_index)
+
+
+def _whole_models(base: BaseModel, args: MixtureConfig, experts: Sequence[int]) -> IndependentExperts:
+    """Some of the experts that the configuration names, and nothing of the others."""
     sources: list[str | None] = [*args.expert_models] or [None]
     sources = sources * args.num_experts if len(sources) == 1 else sources
+    sources = [sources[expert] for expert in experts]
     starts: dict[str | None, BaseModel] = {None: base}
     for source in sources:
         if source not in starts:

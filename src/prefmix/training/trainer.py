@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import SaveStrategy
 
 from prefmix.data.collator import ComparisonDataset
 from prefmix.data.sampler import PromptGroupedSampler
@@ -32,20 +31,23 @@ from prefmix.training.held_out import held_out_metrics
 from prefmix.training.metrics_log import Meter, batch_sums
 from prefmix.training.objective import Likelihoods, Taught, estep_function, held, learners_of_texts, likelihoods
 from prefmix.training.persistence import AbstractCheckpointedTrainer
+from prefmix.training.placing import place
 from prefmix.training.processes import (
-    check_deepspeed,
     check_processes,
+    follow_epochs,
     from_first_process,
     gathered,
     own_rows,
+    read_by_all,
+    share_draws,
     share_object,
     share_tensors,
     summed,
 )
 from prefmix.training.result import build_policy, identity, training_log_lik, user_state
-from prefmix.training.sharding import shard
 from prefmix.training.starting_experts import FrozenExperts
 from prefmix.training.token_dropout import drop_tokens, undo_scale
+from prefmix.training.trl_arguments import refuse_arguments
 
 
 class MixtureTrainer(AbstractCheckpointedTrainer):
@@ -99,7 +101,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         Raises:
             ValueError: an argument, a row or a combination that cannot work, with the remedy.
         """
-        _refuse(ref_model=ref_model, peft_config=peft_config, data_collator=data_collator)
+        refuse_arguments(ref_model=ref_model, peft_config=peft_config, data_collator=data_collator)
         if train_dataset is None:
             raise ValueError("train_dataset=None: give rows, a file, a `datasets.Dataset` or a ComparisonTable")
         args = MixtureConfig("prefmix_output") if args is None else args
@@ -123,13 +125,9 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        check_deepspeed(self.accelerator, SaveStrategy(args.save_strategy).value)
-        if args.sharding == "fsdp2" and args.world_size > 1:
-            if self.base.source.startswith("<"):
-                raise ValueError("sharding='fsdp2' with a model object: give its folder or hub name, which others find")
-            shard(self.mixture.experts, args.device)
-            # Trainer's name for a model that places itself and reduces its own gradients: it is not wrapped again.
-            self.is_distributed_loading_by_transformers = True
+        self.placement = place(self.mixture, self.accelerator, args, self.base)
+        # Trainer's name for a model that places itself and reduces its own gradients: it is not wrapped again.
+        self.is_distributed_loading_by_transformers = self.placement.places_itself
         self._prepare_em(identity(args, self.base, table, self.latent))
         diagnostics.report_choices(self)
 
@@ -143,6 +141,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Loss = - (sum_i ELBO_i + the batch's share of the gate's log prior) / summed weights of the global batch."""
+        assert num_items_in_batch is not None
         weight, chosen, rejected = inputs["weight"], inputs["chosen"], inputs["rejected"]
         inputs = drop_tokens(inputs, self.args.token_dropout)
         output = self._look(model, inputs)
@@ -154,7 +153,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         rows = elbo_rows(lik.log_lik.detach(), taught.log_weights, q.resp, q.log_q, weight, group_weight)
         bound = with_gradient_of(rows.elbo, taught.log_lik, taught.coefficient, weight)
         prior = self.mixture.gate.log_prior() * weight.sum() / self.em.total_weight
-        loss = -(bound.sum() + prior) * self.accelerator.num_processes / num_items_in_batch
+        loss = -(bound.sum() + prior) * self.readers.number / num_items_in_batch
         self.meter.add(batch_sums(output, lik, q, rows, evidence, weight, group_weight, chosen, rejected))
         self.guard.observe_batch(inputs["row"], lik.log_lik, output.log_weights, loss)
         # Where the gate alone learns, in closed form, nothing has a gradient; the loop wants one all the same.
@@ -188,13 +187,13 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
 
     def _evidence(self, row: Tensor, log_lik: Tensor) -> Tensor:
         """[B, K] running evidence of each row's group; every process keeps the same table."""
-        if self.accelerator.num_processes == 1:
+        if self.readers.number == 1:
             return self.em.evidence.update(row, log_lik)
-        row, log_lik = gathered(self.accelerator, row, log_lik)
+        row, log_lik = gathered(self.readers, row, log_lik)
         real = row >= 0  # not a copy that fills a batch
         everywhere = log_lik.clone()
         everywhere[real] = self.em.evidence.update(row[real], log_lik[real])
-        return own_rows(self.accelerator, everywhere)
+        return own_rows(self.readers, everywhere)
 
     def _responsibilities(self, inputs: dict[str, Tensor], log_weights: Tensor, evidence: Tensor) -> EStep:
         """Uniform in a warm start, then the first ones while held, afterwards the E-step's from the experts alone."""
@@ -203,14 +202,16 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
             warm = self.state.global_step < self.warm_steps
             return held(torch.full_like(first, 1 / first.shape[1]) if warm else first)
         q = self._estep(log_weights, evidence, temperature=self.temperature, generator=None)
-        row, group, log_q = gathered(self.accelerator, inputs["row"], inputs["group"], q.log_q)
-        if self.accelerator.num_processes > 1:
+        row, group, log_q = gathered(self.readers, inputs["row"], inputs["group"], q.log_q)
+        if self.readers.number > 1:
             group, log_q = group[row >= 0], log_q[row >= 0]
         self.em.remember(group, log_q)
         return q
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward pass; gradients are looked at before clipping mixes them."""
+        if self.args.expert_parallel:
+            share_draws(self.accelerator)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self.guard.observe_gradients(self.mixture)
@@ -219,7 +220,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Summed row weights over the accumulation steps and all processes: the denominator of the loss."""
         total = torch.stack([batch["weight"].sum() for batch in batch_samples]).sum().to(device)
-        return summed(self.accelerator, total)
+        return summed(self.readers, total)
 
     @property
     def temperature(self) -> float:
@@ -293,6 +294,9 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
             ),
             self._experts_evidence,
         )
+        if self.init == "experts":
+            evidence = self._experts_evidence()  # of all processes, where only all together can run the experts
+            start = start._replace(evidence=lambda: evidence)
         resp = from_first_process(self.accelerator, self.em.initial, lambda: first_responsibilities(self.init, start))
         self.share_evidence()
         self.em.initial.copy_(resp)
@@ -318,7 +322,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mixture's figures to a training line; fetches them from the device here only."""
         if "loss" in logs:
-            logs.update(self.meter.pop(partial(summed, self.accelerator)))
+            logs.update(self.meter.pop(partial(summed, self.readers)))
             logs["mixture/temperature"] = self.temperature
         super().log(logs, start_time)
 
@@ -347,10 +351,15 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
             together = 2 * len(table) > 4 * len(table.texts)
         prompt = table.prompt if together else torch.arange(len(table)).numpy()
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        processes = self.args.world_size
+        processes = self.readers.number
         size = self._train_batch_size * processes
         multiple_of = 1 if processes == 1 or self.args.dataloader_drop_last else size
         return PromptGroupedSampler(prompt, block_size=size, seed=seed, multiple_of=multiple_of)
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """As `Trainer`'s; processes of an expert-parallel run all read everything."""
+        loader = follow_epochs(super().get_train_dataloader())
+        return read_by_all(loader) if self.args.expert_parallel else loader
 
     def _prepare_em(self, run_identity: dict[str, Any]) -> None:
         table, device = self.train_comparisons.table, self.args.device
@@ -381,17 +390,3 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         train = self.train_comparisons.table
         table = setup.as_table(source, setup.tokenizer_of(self.base), args, like=train)
         return setup.comparisons(setup.known_users(table, len(train.users)), self.base, args, self.metadata_encoder)
-
-
-_REFUSED = {
-    "ref_model": "the frozen base is the reference of every expert, and its log-probabilities come from the same pass",
-    "peft_config": "choose experts with branch_depth=, head=, expert_rank= and lora_alpha=",
-    "data_collator": "batches come from a table of comparisons with prefmix's own collator",
-}
-
-
-def _refuse(**arguments: Any) -> None:
-    """Refuses what TRL's trainer takes and this one cannot use, with the reason."""
-    problems = [f"{name} must be None: {_REFUSED[name]}" for name, value in arguments.items() if value is not None]
-    if problems:
-        raise ValueError("\n".join(problems))
