@@ -121,5 +121,5 @@ def test_connected_texts():
 
 def test_what_has_no_tiles_is_refused(make_problem):
     problem = make_problem(1, lengths=LENGTHS)
-    with pytest.raises(ValueError, match="tiles of base logits"):
+    with pytest.raises(ValueError, match="no tiles"):
         head_log_probs_and_grads(*problem[:3], len(LENGTHS), *problem[3:6], pair_coefficient, impl="eager")

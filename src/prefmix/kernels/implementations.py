@@ -4,8 +4,9 @@
 | ---------- | ------------------------------------------------------------------------------------------- |
 | `eager`    | [K, T, V] materialised; for tests                                                           |
 | `chunked`  | pure torch, tile by tile, on any device                                                     |
+| `compiled` | C, compiled with the machine's compiler on first use; CPU, float32 sums, rank up to 64      |
 | `triton`   | GPU kernels                                                                                 |
-| `auto`     | the one that PREFMIX_KERNEL names, else `triton` on CUDA where it is installed, else chunked |
+| `auto`     | what PREFMIX_KERNEL names; else `triton` on CUDA, `compiled` on a CPU, where there are such |
 
 Legend: T tokens, K experts, D hidden, V vocabulary, r rank.
 """
@@ -24,14 +25,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from prefmix.kernels.low_rank_chunked import CHUNKED
-from prefmix.kernels.low_rank_problem import Passes, Problem, TokenLogProbs
+from prefmix.kernels.low_rank_compiled import COMPILED, unsuitable, why_not
+from prefmix.kernels.low_rank_problem import Demand, Passes, Problem, TokenLogProbs
 from prefmix.kernels.low_rank_tokens import tiled_token_log_probs
 from prefmix.kernels.next_token import base_logits
 from prefmix.kernels.tiles import Tiles
 
 logger = logging.getLogger(__name__)
 
-Implementation = Literal["auto", "chunked", "eager", "triton"]
+Implementation = Literal["auto", "eager", "chunked", "compiled", "triton"]
 VARIABLE = "PREFMIX_KERNEL"
 
 # (hidden, low, up, base_weight, bias, targets, tiles); gradients flow to hidden, low and up.
@@ -39,60 +41,64 @@ TokenFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor,
 
 
 # Those that work by tiles of base logits.
-_PASSES = {"chunked": CHUNKED}
+_PASSES = {"chunked": CHUNKED, "compiled": COMPILED}
 
 
-def choose(impl: str, device: torch.device, dtype: torch.dtype) -> TokenFunction:
-    """The implementation for tensors on `device` that accumulate in `dtype`.
+def choose(impl: str, demand: Demand) -> TokenFunction:
+    """The implementation of K low-rank heads for what is demanded.
 
     Raises:
-        ValueError: an unknown name, or one that cannot work on this device.
+        ValueError: an unknown name, or an implementation that cannot do it here.
     """
-    name = resolve(impl, device, dtype)
+    name = resolve(impl, demand)
     if name == "triton":
         return _triton()
     return _eager if name == "eager" else functools.partial(_tiled, passes=_PASSES[name])
 
 
-def choose_passes(impl: str, device: torch.device, dtype: torch.dtype) -> Passes:
+def choose_passes(impl: str, demand: Demand) -> Passes:
     """The two passes of the implementation, for who wants to see base logits between them.
 
     Raises:
         ValueError: as `choose`, or an implementation that has no such passes.
     """
-    name = resolve(impl, device, dtype)
+    name = resolve(impl, demand)
     if name not in _PASSES and impl == "auto":
         name = "chunked"
     if name not in _PASSES:
-        raise ValueError(f"impl={impl!r}: streamed gradients need tiles of base logits; use 'auto' or 'chunked'")
+        raise ValueError(f"impl={impl!r}: it has no tiles of base logits; use 'auto', 'chunked' or 'compiled'")
     return _PASSES[name]
 
 
-def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The name of an implementation, "auto" resolved.
+def resolve(impl: str, demand: Demand) -> str:
+    """The name of the implementation that is used, "auto" resolved.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, here or in the environment, or an implementation that cannot do it here.
     """
-    if impl not in get_args(Implementation):
-        raise ValueError(f"impl={impl!r}: choose one of {', '.join(get_args(Implementation))}")
-    return automatic(device, dtype) if impl == "auto" else impl
+    _check_name("impl", impl)
+    if impl == "auto":
+        return automatic(demand)
+    if impl == "compiled" and (reason := unsuitable(demand) or why_not()) is not None:
+        raise ValueError(f"impl='compiled': {reason}; use 'auto' or 'chunked'")
+    return impl
 
 
-def automatic(device: torch.device, dtype: torch.dtype) -> str:
-    """What "auto" means here.
-
-    Raises:
-        ValueError: the environment variable names no implementation.
-    """
+def automatic(demand: Demand) -> str:
+    """What "auto" means: a name in the environment counts where it can do what is demanded."""
     named = os.environ.get(VARIABLE, "auto")
-    if named not in get_args(Implementation):
-        raise ValueError(f"{VARIABLE}={named!r}: choose one of {', '.join(get_args(Implementation))}")
-    if named != "auto":
+    _check_name(VARIABLE, named)
+    compiled = unsuitable(demand) is None and named in ("auto", "compiled") and why_not() is None
+    if named not in ("auto", "compiled"):
         return named
-    if device.type == "cuda" and dtype == torch.float32 and _has_triton():
+    if named == "auto" and demand.device.type == "cuda" and demand.dtype == torch.float32 and _has_triton():
         return "triton"
-    return "chunked"
+    return "compiled" if compiled else "chunked"
+
+
+def _check_name(field: str, name: str) -> None:
+    if name not in get_args(Implementation):
+        raise ValueError(f"{field}={name!r}: choose one of {', '.join(get_args(Implementation))}")
 
 
 @functools.cache

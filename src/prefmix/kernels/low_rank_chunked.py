@@ -53,7 +53,9 @@ def _shares_maximum(low_bits: Float[Tensor, "K T r"], up: Float[Tensor, "K V r"]
     """Whether |B_k[v] . low_kt| <= |B_k[v]| |low_kt| is small enough to use the base logits' maximum as the shift."""
     if low_bits.numel() == 0:
         return [True] * len(low_bits)
-    bound = torch.linalg.vector_norm(low_bits, dim=-1).amax(-1) * torch.linalg.vector_norm(up, dim=-1).amax(-1)
+    # By [r, V] of one expert: a sum that reads memory in order and needs no copy of all.
+    largest_up = torch.stack([one.T.square().sum(0).amax().sqrt() for one in up])
+    bound = torch.linalg.vector_norm(low_bits, dim=-1).amax(-1) * largest_up
     return (bound <= _SAFE_BITS).tolist()
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from prefmix.kernels.implementations import Implementation, choose
+from prefmix.kernels.low_rank_problem import Demand
 from prefmix.kernels.texts import HeadLogProbs, sum_by_text
 from prefmix.kernels.tiles import Tiles, accumulation_dtype, default_tiles
 
@@ -62,7 +63,7 @@ def head_log_probs(
     """
     accumulate = accumulation_dtype(torch.promote_types(hidden.dtype, down.dtype))
     tiles = default_tiles(hidden.device) if tiles is None else tiles
-    token_log_probs = choose(impl, hidden.device, accumulate)
+    token_log_probs = choose(impl, Demand(hidden.device, accumulate, base_weight.dtype, down.shape[1]))
     # Types are chosen here; a trainer's autocast must not put the corrections into 16 bits.
     with torch.autocast(hidden.device.type, enabled=False):
         low = torch.einsum("td,krd->ktr", hidden.to(accumulate), down.to(accumulate))

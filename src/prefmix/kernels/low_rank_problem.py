@@ -25,6 +25,22 @@ class TokenLogProbs(NamedTuple):
     base: Float[Tensor, "T"]
 
 
+class Demand(NamedTuple):
+    """What an implementation must be able to do.
+
+    Attributes:
+        device: where the tensors lie.
+        dtype: in which softmax and sums run.
+        base_dtype: of the base head, in which its product runs.
+        rank: r.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    base_dtype: torch.dtype
+    rank: int
+
+
 class Problem(NamedTuple):
     """Inputs of a kernel after casting.
 

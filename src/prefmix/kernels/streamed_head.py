@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from prefmix.kernels.implementations import Implementation, choose_passes
-from prefmix.kernels.low_rank_problem import Gradients, Passes, Problem
+from prefmix.kernels.low_rank_problem import Demand, Gradients, Passes, Problem
 from prefmix.kernels.low_rank_tokens import add_gradients, forward, kept_tokens
 from prefmix.kernels.texts import HeadLogProbs, sum_by_text
 from prefmix.kernels.tiles import Tiles, accumulation_dtype, default_tiles
@@ -90,7 +90,7 @@ def head_log_probs_and_grads(
     """
     accumulate = accumulation_dtype(torch.promote_types(hidden.dtype, down.dtype))
     tiles = default_tiles(hidden.device) if tiles is None else tiles
-    passes = choose_passes(impl, hidden.device, accumulate)
+    passes = choose_passes(impl, Demand(hidden.device, accumulate, base_weight.dtype, down.shape[1]))
     with torch.autocast(hidden.device.type, enabled=False):
         low = torch.einsum("td,krd->ktr", hidden.to(accumulate), down.to(accumulate))
         problem = Problem(hidden.to(base_weight.dtype), low, up.to(accumulate), base_weight, bias, targets)
