@@ -240,8 +240,8 @@ def test_probe_finds_the_kinds(place: Path, tmp_path: Path, capsys: pytest.Captu
     assert report["agreement"]["ari"] == pytest.approx(1.0)
     assert "2 <- chosen" in printed
     assert "expert 1" in printed
-    groups = [line for line in printed.splitlines() if line.startswith("  group ")]
-    named = {line[: len("  group 0")]: set(re.findall(r"u\d", line)) for line in groups}
+    groups = [line for line in printed.splitlines() if " people: " in line]
+    named = {line[: len("  expert 0")]: set(re.findall(r"u\d", line)) for line in groups}
     kinds = [{f"u{i}" for i in range(first, 8, 2)} for first in (0, 1)]
     assert sorted(named.values(), key=min) == kinds
     command = printed.splitlines()[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
 from prefmix.cli.output import add_format, note, print_json, print_pairs
 
@@ -26,3 +27,5 @@ def run(args: argparse.Namespace) -> None:
         print_pairs(report.to_dict(), title=f"{args.data}: rows are sound")
     if (warning := identity_warning(report)) is not None:
         note(warning)
+    else:
+        note(f"next: prefmix probe {shlex.quote(args.data)}")

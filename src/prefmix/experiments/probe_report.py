@@ -176,7 +176,7 @@ def members_text(resp: Float[np.ndarray, "U K"], names: Sequence[str], shown: in
         members = [user for user in user_order(resp) if resp[user].argmax() == group]
         listed = [f"{names[user]} {resp[user, group]:.2f}" for user in members[:shown]]
         listed += [f"and {len(members) - shown} more (--output lists all)"] if len(members) > shown else []
-        lines.append(f"  group {group}, {len(members)} users: {', '.join(listed) or '-'}")
+        lines.append(f"  expert {group}, {len(members)} people: {', '.join(listed) or '-'}")
     return "\n".join(lines)
 
 

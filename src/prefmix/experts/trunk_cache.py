@@ -183,6 +183,7 @@ def _fill(
     unread = np.setdiff1d(
         np.arange(len(texts)), np.concatenate([np.zeros(0, dtype=np.int64), *(k.here for k in known)])
     )
+    progress = progress and len(unread) > 0
     read = read_texts(base.model, texts, unread, tokens_per_batch=tokens_per_batch, progress=progress)
     for batch in itertools.chain((part.states.batch(part.here, part.there) for part in known), read):
         rows = torch.from_numpy(_ragged_rows(offsets[batch.text_ids], lengths[batch.text_ids]))
