@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefmix.experts.hub import hub_answers
+from prefmix.experts.quantization import keep_arithmetic, quantization_of, quantization_options, quantized_sha256
 from prefmix.experts.smollm2 import SMOLLM2_NAMES, find_smollm2
 
 # Fields of a config that do not change what the model computes, or that depend on who loaded it.
@@ -42,6 +43,7 @@ def load_base(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    quantization: str | None = None,
 ) -> BaseModel:
     """Loads a causal language model and its tokenizer.
 
@@ -52,14 +54,17 @@ def load_base(
         dtype: type of the weights; by default the checkpoint's own.
         revision: branch, tag or commit on the hub.
         trust_remote_code: whether code from the hub may run.
+        quantization: "8bit" or "4bit": linear layers but the output head hold such weights (bitsandbytes).
 
     Raises:
-        ValueError: the folder is absent, the hub cannot be reached, or there is no causal language model.
+        ValueError: the folder is absent, the hub cannot be reached, there is no causal language model, or it cannot be
+            quantised here.
     """
     if isinstance(source, PreTrainedModel):
-        model: PreTrainedModel = source if dtype is None else cast(Any, source).to(dtype)
+        whole = quantization_of(source) is None  # packed weights have no other type
+        model: PreTrainedModel = cast(Any, source).to(dtype) if whole and dtype is not None else source
         name = model.config.name_or_path or f"<{type(model).__name__} object>"
-        return BaseModel(model.eval(), _tokenizer_of(name), name, content_sha256(model))
+        return BaseModel(keep_arithmetic(model).eval(), _tokenizer_of(name), name, content_sha256(model))
     name, folder = _locate(str(source))
     if folder.endswith(".gguf"):
         folder, gguf_file = str(Path(folder).parent), Path(folder).name
@@ -68,20 +73,30 @@ def load_base(
     options |= {} if Path(folder).exists() or hub_answers(folder) else {"local_files_only": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **options)
+        quantized = quantization_options(gguf_file or folder, quantization, dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **options, **quantized)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"base model {name}: {_reason(error)}") from error
+    except RuntimeError as error:
+        if quantization is None:
+            raise
+        raise ValueError(f"base model {name}: load_in_{quantization}=true does not work here: {error}") from error
     model = without_quantization_marks(model) if gguf_file else model
-    return BaseModel(model.eval(), tokenizer, name, content_sha256(model))
+    return BaseModel(keep_arithmetic(model).eval(), tokenizer, name, content_sha256(model))
 
 
 def content_sha256(model: PreTrainedModel) -> str:
-    """SHA-256 over the config's meaning and every weight's name, type, shape and bytes; tied weights count once."""
+    """SHA-256 over the config's meaning and every weight's name, type, shape and bytes; tied weights count once.
+
+    A quantised model has that of `quantization.quantized_sha256`.
+    """
     config = {
         key: value
         for key, value in model.config.to_diff_dict().items()
         if not key.startswith("_") and key not in _VOLATILE
     }
+    if quantization_of(model) is not None:
+        return quantized_sha256(model, config, model.config.name_or_path or "")
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in _weights(model):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -56,6 +56,11 @@ def find_output_head(model: PreTrainedModel) -> OutputHead:
             f"{type(model).__name__}: get_output_embeddings() gives {type(layer).__name__}, not a linear layer; "
             "use a causal language model with a plain output head (AutoModelForCausalLM)"
         )
+    if not layer.weight.is_floating_point():
+        raise ValueError(
+            f"{type(model).__name__}: its output head holds {layer.weight.dtype} weights, which experts cannot read; "
+            "quantise with load_in_8bit or load_in_4bit, which leave the head whole"
+        )
     scale = 1.0
     for name, power in SCALES.items():
         value = getattr(config, name, None)

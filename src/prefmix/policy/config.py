@@ -22,6 +22,7 @@ class PolicyConfig:
         label_noise: e in p = (1-e) sigmoid(m) + e sigmoid(-m).
         base_revision: revision on the hub, null for its main branch.
         base_gguf_file: file within `base_source`, where that is a GGUF repository.
+        quantization: "8bit" or "4bit" where bitsandbytes holds the base's linear layers; null: whole weights.
         dtype: type that the base model runs in, as torch names it (`float32`); null: its own.
         max_length: longest prompt plus completion at training, tokens; longer texts are cut in the same way.
         truncation_mode: which end of a long text stays.
@@ -39,6 +40,7 @@ class PolicyConfig:
     label_noise: float = 0.0
     base_revision: str | None = None
     base_gguf_file: str | None = None
+    quantization: Literal["8bit", "4bit"] | None = None
     dtype: str | None = "float32"
     max_length: int | None = 1024
     truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"

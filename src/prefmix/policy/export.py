@@ -19,6 +19,7 @@ from prefmix.experts.branches import BranchedExperts
 from prefmix.experts.independent import IndependentExperts
 from prefmix.experts.interface import AbstractExperts
 from prefmix.experts.low_rank_states import pairs
+from prefmix.experts.quantization import quantization_of
 from prefmix.policy.adapters import write_adapter
 from prefmix.policy.expert_files import can_be_found_again
 from prefmix.policy.folder import fresh_folder
@@ -66,7 +67,17 @@ def export_merged(policy: MixturePolicy, expert: int, folder: str | Path, *, dty
 
 
 def merged_model(experts: AbstractExperts, expert: int, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Expert k as a whole model on the CPU; W (I + U V) is its output head for `head="hidden"`."""
+    """Expert k as a whole model on the CPU; W (I + U V) is its output head for `head="hidden"`.
+
+    Raises:
+        ValueError: the base holds quantised weights, to which nothing can be added.
+    """
+    bits = quantization_of(experts.base_model)
+    if bits is not None:
+        raise ValueError(
+            f"the base holds {bits} weights, to which an expert's update cannot be added; export adapters instead, and "
+            "load them on the same base"
+        )
     if isinstance(experts, IndependentExperts):
         model = copy.deepcopy(experts.expert_models[expert])
     else:

@@ -139,7 +139,8 @@ def _load_checked_base(folder: Path, config: PolicyConfig, base: str | Path | Pr
     if base is None:
         options = {"revision": config.base_revision, "gguf_file": config.base_gguf_file}
     try:
-        loaded = load_base(source, dtype=getattr(torch, config.dtype) if config.dtype else None, **options)
+        dtype = getattr(torch, config.dtype) if config.dtype else None
+        loaded = load_base(source, dtype=dtype, quantization=config.quantization, **options)
     except ValueError as error:
         raise ValueError(f"{error}; if the base model has moved, say where it is with base=") from error
     if loaded.sha256 != config.base_sha256:
@@ -155,7 +156,7 @@ def _copy_base(parts: PolicyParts, folder: Path) -> PolicyConfig:
     parts.model.experts.base_model.save_pretrained(str(folder / "base"))
     parts.tokenizer.save_pretrained(str(folder / "base"))
     dtype = getattr(torch, parts.config.dtype) if parts.config.dtype else None
-    copied = load_base(folder / "base", dtype=dtype)
+    copied = load_base(folder / "base", dtype=dtype, quantization=parts.config.quantization)
     return replace(
         parts.config, base_source=BASE_COPY, base_sha256=copied.sha256, base_revision=None, base_gguf_file=None
     )

@@ -51,6 +51,11 @@ class MixtureConfig(MixtureOptions, RunOptions, TrainingArguments):  # type: ign
         return torch.bfloat16 if self.bf16 and self.expert_kind == "shared_base" else torch.float32
 
     @property
+    def quantization(self) -> str | None:
+        """What `load_base` is asked for: "8bit", "4bit" or None."""
+        return "8bit" if self.load_in_8bit else "4bit" if self.load_in_4bit else None
+
+    @property
     def betas(self) -> list[float]:
         """[K] beta_k."""
         return [float(b) for b in self.beta] if isinstance(self.beta, list | tuple) else [self.beta] * self.num_experts

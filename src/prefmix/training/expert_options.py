@@ -22,6 +22,23 @@ class ReadingOptions:
     )
 
 
+@dataclass
+class QuantizationOptions:
+    """In how many bits the frozen base is held (names of transformers and TRL)."""
+
+    load_in_8bit: bool = field(
+        default=False,
+        metadata={
+            "help": "Hold the base's linear layers, but not its output head, in 8 bits (bitsandbytes). Outliers of a "
+            "whole batch decide the arithmetic, so log-probabilities depend a little on a text's neighbours."
+        },
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "The same in 4 bits (NF4): a quarter of bfloat16's memory, and slower arithmetic."},
+    )
+
+
 def default_learning_rate(values: Mapping[str, Any]) -> float:
     """What `learning_rate: null` stands for.
 
@@ -37,7 +54,7 @@ def expert_problems(values: Mapping[str, Any]) -> list[str]:
     """Why kind, models, starts and frozen experts do not go together, or nothing."""
     independent = values["expert_kind"] == "independent"
     problems = _independent_problems(values) if independent else _shared_base_problems(values)
-    problems += _count_problems(values) + _parallel_problems(values)
+    problems += _count_problems(values) + _parallel_problems(values) + _quantization_problems(values)
     starts_differ = bool(values["init_experts"]) or (bool(values["expert_models"]) and values["reference"] == "shared")
     if values["init"] == "experts" and not starts_differ:
         problems.append(
@@ -105,6 +122,25 @@ def _parallel_problems(values: Mapping[str, Any]) -> list[str]:
             f"expert_parallel=true with num_processes={processes}, num_experts={values['num_experts']}: some processes "
             "would hold no expert; start at most num_experts"
         )
+    return problems
+
+
+def _quantization_problems(values: Mapping[str, Any]) -> list[str]:
+    names = [name for name in ("load_in_8bit", "load_in_4bit") if values[name]]
+    if not names:
+        return []
+    problems = ["load_in_8bit=true with load_in_4bit=true: choose one"] if len(names) > 1 else []
+    for name, bad, reason in (
+        (
+            "expert_kind",
+            "independent",
+            "whole models train and quantised weights cannot; use 'shared_base'",
+        ),
+        ("trunk", "full", "quantised weights cannot train; use trunk='lora'"),
+        ("sharding", "fsdp2", "quantised layers are not sharded; they are small, so use sharding='none'"),
+    ):
+        if values[name] == bad:
+            problems.append(f"{name}={bad!r} with {names[0]}=true: {reason}")
     return problems
 
 

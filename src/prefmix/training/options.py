@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from prefmix.training.expert_options import ReadingOptions, expert_problems
+from prefmix.training.expert_options import QuantizationOptions, ReadingOptions, expert_problems
 
 Latent = Literal["auto", "pair", "user"]
 GateTerm = Literal["global", "prompt", "user", "metadata"]
@@ -31,7 +31,7 @@ def _field(default, help_text: str):  # type: ignore[no-untyped-def]
 
 
 @dataclass
-class MixtureOptions(ReadingOptions):
+class MixtureOptions(ReadingOptions, QuantizationOptions):
     """What is specific to mixtures of expert policies (method.md has the symbols)."""
 
     # --- model -------------------------------------------------------------------------------------------------------

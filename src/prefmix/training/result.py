@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from array import array
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from prefmix.data.comparisons import ComparisonTable
 from prefmix.evaluation.scoring import score_rows
 from prefmix.experts.base_model import BaseModel
+from prefmix.experts.quantization import quantization_of
 from prefmix.mixture.posterior import group_log_lik
 from prefmix.policy.config import PolicyConfig
 from prefmix.policy.mixture_policy import MixturePolicy
@@ -69,6 +70,7 @@ def build_policy(trainer: MixtureTrainer, users: UserState) -> MixturePolicy:
         label_noise=args.label_noise,
         base_revision=args.model_revision,
         base_gguf_file=gguf_file,
+        quantization=cast(Any, quantization_of(base.model)),
         dtype=str(args.trunk_dtype).removeprefix("torch."),
         max_length=args.max_length,
         truncation_mode=args.truncation_mode,

@@ -23,6 +23,7 @@ from prefmix.data.tokenization import tokenize_rows
 from prefmix.data.users import MetadataEncoder
 from prefmix.experts.base_model import BaseModel, load_base
 from prefmix.experts.interface import AbstractExperts
+from prefmix.experts.quantization import quantization_of
 from prefmix.experts.trunk_cache import TrunkStates, build_trunk_states
 from prefmix.mixture.gates import Gate
 from prefmix.policy.mixture_model import MixtureModel
@@ -69,15 +70,24 @@ def as_base_model(
     """Loads the base model in the trunk's type, or takes the given one; a given tokenizer wins.
 
     Raises:
-        ValueError: no tokenizer is known.
+        ValueError: no tokenizer is known, or the given model is not quantised as asked.
     """
     with first_process_first(args):  # it downloads, the others find the files
         base = (
             model
             if isinstance(model, BaseModel)
             else load_base(
-                model, dtype=args.trunk_dtype, revision=args.model_revision, trust_remote_code=args.trust_remote_code
+                model,
+                dtype=args.trunk_dtype,
+                revision=args.model_revision,
+                trust_remote_code=args.trust_remote_code,
+                quantization=args.quantization,
             )
+        )
+    if args.quantization not in (None, quantization_of(base.model)):
+        raise ValueError(
+            f"load_in_{args.quantization}=true: the model object holds other weights; give its folder or hub name, or "
+            "load it with a quantization_config of transformers"
         )
     if tokenizer is not None:
         base = base._replace(tokenizer=tokenizer)
