@@ -1,5 +1,6 @@
-"""Principal directions: unit spread, within-prompt variation only, the same map for new texts."""
+"""Principal directions: their spread, within-prompt variation only, the same map for new texts."""
 
+import pytest
 import torch
 
 from prefmix.mixture.features import pool_features, project
@@ -12,9 +13,18 @@ def _states(n=200, d=10):
 
 
 def test_columns_have_zero_mean_unit_spread_and_no_correlation():
-    features = pool_features(_states(), 4).features
+    features = pool_features(_states(), 4, spectrum_power=0.0).features
     torch.testing.assert_close(features.mean(0), torch.zeros(4), atol=1e-4, rtol=0)
     torch.testing.assert_close(features.T @ features / 200, torch.eye(4), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_spread_is_a_power_of_the_states_spread_with_unit_mean_square(power):
+    states = _states()
+    spread = torch.linalg.svdvals(states - states.mean(0))[:4] ** power
+    features = pool_features(states, 4, spectrum_power=power).features
+    expected = spread / spread.square().mean().sqrt()
+    torch.testing.assert_close(features.std(0, unbiased=False), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_directions_are_the_leading_ones():
@@ -35,7 +45,7 @@ def test_differences_between_prompts_do_not_choose_directions():
 
 
 def test_prompts_with_one_text_each_fall_back_to_all_variation():
-    features = pool_features(_states(), 3, centre_by=torch.arange(200)).features
+    features = pool_features(_states(), 3, centre_by=torch.arange(200), spectrum_power=0.0).features
     torch.testing.assert_close(features.std(0, unbiased=False), torch.ones(3), atol=1e-3, rtol=0)
 
 

@@ -17,7 +17,7 @@ class Projector(NamedTuple):
 
     Attributes:
         mean: [D] mean pooled state.
-        directions: [D, Q] principal directions, each divided by the spread of the training texts along it.
+        directions: [D, Q] principal directions, scaled as `pool_features` says.
         length_mean: [] mean log length, or NaN where lengths are not a feature.
         length_scale: [] spread of the log length.
     """
@@ -32,7 +32,7 @@ class PooledFeatures(NamedTuple):
     """Features of the training texts, and the map that made them.
 
     Attributes:
-        features: [N, P] unit spread in every column.
+        features: [N, P] columns by falling spread, unit mean square spread (length: unit spread).
         projector: the map; `project` applies it to new texts.
     """
 
@@ -45,10 +45,16 @@ def pool_features(
     dim: int,
     lengths: Int[Tensor, "N"] | None = None,
     centre_by: Int[Tensor, "N"] | None = None,
+    spectrum_power: float = 0.5,
 ) -> PooledFeatures:
-    """Principal directions of mean-pooled completion states, scaled to unit spread.
+    """Principal directions of mean-pooled completion states, scaled to unit mean square spread.
 
-        f(y) = (mean_t h_t - mean) V / s,   and log length, standardised, as one more column
+        f(y)_q = (mean_t h_t - mean) . v_q / s_q * s_q^p / rms(s^p),   and log length, standardised, as one more column
+
+    Under a common ridge, p is a prior of the coefficients: variance along q proportional to s_q^(2p). With p = 0 all
+    directions are equally likely to matter, and many that hardly vary drown those that tell texts apart; with p = 1
+    (a ridge on the states themselves) one direction with a huge spread hides all others. The middle had the best or
+    nearly the best held-out evidence on training rows in every set tried (docs/lab-notes.md).
 
     Comparisons see differences of features under one prompt, so what texts of a prompt share cannot matter. With
     `centre_by` the directions are those of the variation *within* prompts; the features themselves are not centred
@@ -60,6 +66,7 @@ def pool_features(
         lengths: [N] completion tokens, at least 1; None leaves length out. As a column of its own, a preference for
             length shows itself instead of hiding in many directions.
         centre_by: [N] prompt of each text; None centres on all texts.
+        spectrum_power: p, from 0 (unit spread in every column) to 1 (the spread of the states).
 
     Returns:
         PooledFeatures with P = min(dim, rank) (+ 1 with lengths).
@@ -76,7 +83,8 @@ def pool_features(
     floor = max(1e-9 * float(values[0]), 1e-12 * float(states.square().mean()))
     kept = min(dim, max(1, int((values > floor).sum())))
     spread = torch.where(values[:kept] > floor, values[:kept], 1.0).sqrt()
-    directions = _signed(vectors[:, :kept]) / spread
+    prior = spread**spectrum_power
+    directions = _signed(vectors[:, :kept]) / spread * (prior / prior.square().mean().sqrt())
     length_mean, length_scale = _length_scale(lengths)
     projector = Projector(states.mean(dim=0).float(), directions.float(), length_mean, length_scale)
     return PooledFeatures(project(projector, completion_mean, lengths), projector)

@@ -62,7 +62,7 @@ def judge_table(table: ComparisonTable, states: TrunkStates, dim: int) -> Identi
         dim: principal directions of the texts.
     """
     prompt_of_text = torch.from_numpy(table.texts.prompt_index)
-    features = pool_features(states.completion_mean, dim, centre_by=prompt_of_text).features
+    features = pool_features(states.completion_mean, dim, centre_by=prompt_of_text, spectrum_power=0.0).features
     prompts = states.prompt_mean
     return identifiability(
         features,
@@ -70,7 +70,7 @@ def judge_table(table: ComparisonTable, states: TrunkStates, dim: int) -> Identi
         torch.from_numpy(table.rejected),
         torch.from_numpy(table.user),
         torch.from_numpy(table.prompt),
-        pool_features(prompts, PROMPT_DIRECTIONS).features if len(prompts) > 1 else None,
+        pool_features(prompts, PROMPT_DIRECTIONS, spectrum_power=0.0).features if len(prompts) > 1 else None,
     )
 
 
