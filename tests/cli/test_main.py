@@ -149,7 +149,7 @@ def test_env_names_versions(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env", "--format", "json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["prefmix"] == __version__
-    assert {"torch", "transformers", "devices", "bfloat16"} <= facts.keys()
+    assert {"torch", "transformers", "devices", "bfloat16", "low-rank heads"} <= facts.keys()
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

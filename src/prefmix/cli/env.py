@@ -13,7 +13,15 @@ from prefmix import __version__
 from prefmix.cli.output import add_format, print_json, print_pairs
 
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "tokenizers", "numpy", "trl")
-_VARIABLES = ("PREFMIX_DATA", "PREFMIX_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+_VARIABLES = (
+    "PREFMIX_DATA",
+    "PREFMIX_CACHE",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "PREFMIX_KERNEL",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +71,24 @@ def _devices() -> dict[str, Any]:
         "devices": names or ["mps" if torch.backends.mps.is_available() else "cpu"],
         "bfloat16": torch.cuda.is_bf16_supported() if cuda else "in software" if not _cpu_bf16() else "yes",
         "torch threads": torch.get_num_threads(),
+        "low-rank heads": _heads(torch.device("cuda" if cuda else "cpu")),
     }
+
+
+def _heads(device: Any) -> str:
+    """Which implementation "auto" takes; asking compiles the C code where that was not done yet."""
+    import torch
+
+    from prefmix.kernels.implementations import automatic
+    from prefmix.kernels.low_rank_compiled import why_not
+    from prefmix.kernels.low_rank_problem import Demand
+
+    try:
+        name = automatic(Demand(device, torch.float32, torch.float32, rank=16))
+    except ValueError as error:
+        return str(error)
+    reason = why_not() if name == "chunked" and device.type == "cpu" else None
+    return name if reason is None else f"{name} ({reason})"
 
 
 def _cpu_bf16() -> bool:

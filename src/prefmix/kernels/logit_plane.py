@@ -120,10 +120,11 @@ class _Buffers:
 
     def take(self, size: int, like: Tensor) -> Tensor:
         """[size] in the type and on the device of `like`, contents undefined."""
-        found = self._free.pop() if self._free and like.device.type == "cpu" else None
-        if found is None or found.dtype != like.dtype or len(found) < size:
-            return like.new_empty(size)
-        return found
+        if like.device.type == "cpu":
+            free, self._free = self._free, []  # in one step: trainers may run in several threads
+            if free and free[0].dtype == like.dtype and len(free[0]) >= size:
+                return free[0]
+        return like.new_empty(size)
 
     def give(self, buffer: Tensor) -> None:
         """Takes a buffer back; one is held at most. Accelerators have caches of their own."""

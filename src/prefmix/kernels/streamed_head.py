@@ -26,7 +26,7 @@ from prefmix.kernels.tiles import Tiles, accumulation_dtype, default_tiles
 Coefficient = Callable[[Int[Tensor, "n"], HeadLogProbs], Float[Tensor, "n K"]]
 
 # Texts of one component are seen together; small components share a panel up to so many tokens.
-_PANEL_TOKENS = 256
+_PANEL_TOKENS = 512
 
 
 class HeadLogProbsAndGrads(NamedTuple):
