@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import minimize
 
 from prefmix.mixture.gates import Gate, GateInputs
-from prefmix.policy.personalization import map_user_offsets
+from prefmix.policy.personalization import map_offsets_of_users, map_user_offsets
 
 
 def problem(seed, num=12, experts=3, same_gate=False):
@@ -71,3 +71,14 @@ def test_no_comparisons_leave_the_prior():
     empty = torch.zeros(0, 3)
     offsets = map_user_offsets(empty, empty, torch.zeros(0), population, past)
     torch.testing.assert_close((population + offsets).softmax(0), population.exp())
+
+
+def test_many_users_at_once_are_each_alone():
+    gate, log_lik, weight, population, _ = problem(3, num=20)
+    user = torch.tensor([0, 2] * 10)  # user 1 has no comparison
+    past = torch.rand(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.2
+    together = map_offsets_of_users(gate, log_lik, weight, user, population, past)
+    for u in range(3):
+        rows = user == u
+        alone = map_user_offsets(gate[rows], log_lik[rows], weight[rows], population, past[u])
+        torch.testing.assert_close(together[u], alone, atol=1e-6, rtol=0)

@@ -27,7 +27,7 @@ _LORA = "LoRA is part of an expert: branch_depth says in which blocks, expert_ra
 _TARGETS = "LoRA goes into every linear layer of the last branch_depth blocks (-1: all)"
 _LOSS = "the loss is the mixture's evidence bound over the sigmoid likelihood (at num_experts 1: DPO's)"
 _LENGTH = "max_length bounds prompt and completion together; truncation_mode says which end stays"
-_QUANTIZED = "bases are not quantised; bf16 halves the trunk, and cached states need it once"
+_QUANTIZED = "load_in_8bit and load_in_4bit are all there is to choose"
 _DATA = "train_data and eval_data are files, folders or hub names"
 _LAYOUT = "not needed: every distinct text is read once and batches are packed"
 
@@ -54,11 +54,7 @@ EXPLAINED = {
     ),
     **dict.fromkeys(("max_prompt_length", "max_completion_length"), _LENGTH),
     **dict.fromkeys(
-        (
-            *("load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
-            "quantization_config",
-        ),
-        _QUANTIZED,
+        ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage", "quantization_config"), _QUANTIZED
     ),
     **dict.fromkeys(("dtype", "torch_dtype", "model_init_kwargs"), "bf16 says in which type the base is loaded"),
     "attn_implementation": "the model's own default attention is used",

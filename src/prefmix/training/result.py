@@ -5,6 +5,7 @@ Legend: B training rows, U users, K experts.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import platform
 from array import array
@@ -19,11 +20,15 @@ from prefmix.data.comparisons import ComparisonTable
 from prefmix.evaluation.scoring import score_rows
 from prefmix.experts.base_model import BaseModel
 from prefmix.experts.quantization import quantization_of
+from prefmix.mixture.gates import Gate
 from prefmix.mixture.posterior import group_log_lik
 from prefmix.policy.config import PolicyConfig
+from prefmix.policy.mixture_model import MixtureModel
 from prefmix.policy.mixture_policy import MixturePolicy
+from prefmix.policy.personalization import map_offsets_of_users
 from prefmix.policy.user_state import UserState
 from prefmix.training.config import MixtureConfig
+from prefmix.training.held_out import unknown_user_log_weights
 from prefmix.training.setup import expert_description, tokenizer_of
 
 if TYPE_CHECKING:
@@ -56,13 +61,43 @@ def user_state(table: ComparisonTable, log_lik: Float[Tensor, "B K"]) -> UserSta
     return UserState(list(table.users), evidence, count)
 
 
-def build_policy(trainer: MixtureTrainer, users: UserState) -> MixturePolicy:
-    """The mixture as it stands with `users`, and where it came from."""
+@torch.no_grad()
+def gate_with_user_weights(trainer: MixtureTrainer, log_lik: Float[Tensor, "B K"]) -> Gate:
+    """The gate, each training user's row at its MAP given experts and the other terms; itself without such rows.
+
+    Gradient steps leave rows short of it (a user's row moves in a few steps of an epoch). This is the last M-step of
+    the rows: it never lowers evidence + log prior, and it is where `adapt` puts a user who brings the same comparisons.
+    The gate that trains stays as it is, so that a checkpoint is of what trained.
+
+    Args:
+        trainer: its experts, gate and training rows.
+        log_lik: [B, K] log p_ik of the training rows.
+    """
+    gate, table = trainer.mixture.gate, trainer.train_comparisons.table
+    if "user" not in gate.terms or not len(table.users):
+        return gate
+    fitted = copy.deepcopy(gate)
+    known = torch.from_numpy(np.flatnonzero(table.user >= 0))
+    population = gate.population_log_weights().cpu().double()
+    offsets = map_offsets_of_users(
+        unknown_user_log_weights(trainer.mixture, trainer.train_comparisons)[known],
+        log_lik[known],
+        torch.from_numpy(table.weight)[known],
+        torch.from_numpy(table.user).long()[known],
+        population,
+        (gate.user_strength * population.exp()).expand(len(table.users), -1),
+    )
+    fitted.user.copy_(offsets)
+    return fitted
+
+
+def build_policy(trainer: MixtureTrainer, users: UserState, gate: Gate) -> MixturePolicy:
+    """The experts as they stand with `gate` and `users`, and where they came from."""
     args, base = trainer.args, trainer.base
     gguf_file = getattr(base, "gguf_file", None)
     config = PolicyConfig(
         experts=trainer.mixture.experts.describe(),
-        gate=trainer.mixture.gate.describe(),
+        gate=gate.describe(),
         beta=tuple(args.betas),
         latent=trainer.latent,
         base_source=base.source,
@@ -84,7 +119,8 @@ def build_policy(trainer: MixtureTrainer, users: UserState) -> MixturePolicy:
             "hardware": f"{platform.machine()}, {args.device.type}",
         },
     )
-    return MixturePolicy(trainer.mixture, tokenizer_of(base), config, users, trainer.metadata_encoder)
+    model = MixtureModel(trainer.mixture.experts, gate)
+    return MixturePolicy(model, tokenizer_of(base), config, users, trainer.metadata_encoder)
 
 
 def identity(args: MixtureConfig, base: BaseModel, table: ComparisonTable, latent: str) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from prefmix.data.collator import ComparisonDataset
-from prefmix.data.sampler import PromptGroupedSampler
 from prefmix.data.users import latent_groups, num_latent_groups
 from prefmix.experts.base_model import BaseModel
 from prefmix.mixture.elbo import elbo_rows
@@ -30,6 +29,7 @@ from prefmix.training.guards import FiniteGuard
 from prefmix.training.held_out import held_out_metrics
 from prefmix.training.metrics_log import Meter, batch_sums
 from prefmix.training.objective import Likelihoods, Taught, estep_function, held, learners_of_texts, likelihoods
+from prefmix.training.order import training_order
 from prefmix.training.persistence import AbstractCheckpointedTrainer
 from prefmix.training.placing import place
 from prefmix.training.processes import (
@@ -44,7 +44,7 @@ from prefmix.training.processes import (
     share_tensors,
     summed,
 )
-from prefmix.training.result import build_policy, identity, training_log_lik, user_state
+from prefmix.training.result import build_policy, gate_with_user_weights, identity, training_log_lik, user_state
 from prefmix.training.starting_experts import FrozenExperts
 from prefmix.training.token_dropout import drop_tokens, undo_scale
 from prefmix.training.trl_arguments import refuse_arguments
@@ -244,7 +244,8 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
 
     def policy_of(self, log_lik: Tensor) -> MixturePolicy:
         """The mixture as it stands; [B, K] `log_lik` is what it says of the training rows."""
-        return build_policy(self, user_state(self.train_comparisons.table, log_lik))
+        users = user_state(self.train_comparisons.table, log_lik)
+        return build_policy(self, users, gate_with_user_weights(self, log_lik))
 
     def refresh_evidence(self) -> Tensor:
         """Recomputes the evidence of every training row; returns the log-likelihoods [B, K]."""
@@ -344,17 +345,9 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
-        """An order that seed and epoch alone decide; rows that share a prompt stand together where texts repeat."""
-        table = self.train_comparisons.table
-        together = self.args.group_texts
-        if together is None:
-            together = 2 * len(table) > 4 * len(table.texts)
-        prompt = table.prompt if together else torch.arange(len(table)).numpy()
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        processes = self.readers.number
-        size = self._train_batch_size * processes
-        multiple_of = 1 if processes == 1 or self.args.dataloader_drop_last else size
-        return PromptGroupedSampler(prompt, block_size=size, seed=seed, multiple_of=multiple_of)
+        """An order that seed and epoch alone decide."""
+        processes = 1 if self.args.expert_parallel else self.args.world_size
+        return training_order(self.args, self.train_comparisons.table, self._train_batch_size, processes)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """As `Trainer`'s; processes of an expert-parallel run all read everything."""
