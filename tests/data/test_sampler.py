@@ -55,3 +55,50 @@ def test_copies_fill_the_last_round_of_batches():
 def test_a_block_needs_a_row():
     with pytest.raises(ValueError, match="block_size=0 must be at least 1"):
         PromptGroupedSampler(PROMPT, block_size=0)
+
+
+LENGTHS = np.random.default_rng(1).integers(10, 200, size=200)
+
+
+def padding(order: list[int], size: int = 8) -> int:
+    """Tokens that fill batches of `size` up to their longest row."""
+    batches = [LENGTHS[order[start : start + size]] for start in range(0, len(order), size)]
+    return sum(int((batch.max() - batch).sum()) for batch in batches)
+
+
+@pytest.mark.parametrize("prompt", [np.arange(200), PROMPT], ids=["rows", "prompts"])
+def test_batches_of_like_length_hold_every_row_and_pad_less(prompt):
+    order = list(PromptGroupedSampler(prompt, block_size=8, lengths=LENGTHS))
+    assert sorted(order) == list(range(200))
+    plain = list(PromptGroupedSampler(prompt, block_size=8))
+    assert padding(order) < (0.5 if len(set(prompt)) == 200 else 1.0) * padding(plain)
+
+
+def test_blocks_of_one_prompt_stay_together_when_sorted_by_length():
+    prompt = np.repeat(np.arange(50), 4)
+    order = np.array(list(PromptGroupedSampler(prompt, block_size=4, lengths=LENGTHS)))
+    assert (prompt[order].reshape(50, 4) == prompt[order].reshape(50, 4)[:, :1]).all()
+
+
+def test_batches_of_like_length_are_shuffled_and_differ_from_epoch_to_epoch():
+    sampler = PromptGroupedSampler(np.arange(200), block_size=8, seed=1, lengths=LENGTHS)
+    first = np.array(list(sampler)).reshape(-1, 8)
+    means = LENGTHS[first].mean(1)
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.5  # neither longest first nor shortest first
+    assert list(first.ravel()) == list(PromptGroupedSampler(np.arange(200), block_size=8, seed=1, lengths=LENGTHS))
+    sampler.set_epoch(1)
+    second = np.array(list(sampler)).reshape(-1, 8)
+    kept = {frozenset(batch) for batch in first.tolist()} & {frozenset(batch) for batch in second.tolist()}
+    assert len(kept) < 3  # other batches, not the same ones in another order
+
+
+def test_the_rest_and_the_copies_come_last():
+    sampler = PromptGroupedSampler(np.arange(203), block_size=8, lengths=np.arange(203), multiple_of=16)
+    order = list(sampler)
+    assert len(order) == len(sampler) == 208
+    assert sorted(order[:203]) == list(range(203)) and order[203:] == [~order[202]] * 5
+
+
+def test_equal_lengths_leave_the_order_as_it_is():
+    plain = list(PromptGroupedSampler(PROMPT, block_size=8, seed=3))
+    assert list(PromptGroupedSampler(PROMPT, block_size=8, seed=3, lengths=np.full(200, 7))) == plain

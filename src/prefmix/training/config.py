@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from prefmix.training.expert_options import default_learning_rate
-from prefmix.training.options import MixtureOptions, RunOptions, validate_options
+from prefmix.training.options import MixtureOptions, RunOptions, reads_states, validate_options
 from prefmix.training.processes import needs_cpu
 
 
@@ -28,6 +28,9 @@ class MixtureConfig(MixtureOptions, RunOptions, TrainingArguments):  # type: ign
         validate_options({item.name: getattr(self, item.name) for item in fields(self) if item.init})
         if self.learning_rate is None:
             self.learning_rate = default_learning_rate(vars(self))
+        if self.train_sampling_strategy is None:
+            states = self.expert_kind == "shared_base" and reads_states(self.branch_depth, self.trunk)
+            self.train_sampling_strategy = "random" if states and self.cache_states != "off" else "group_by_length"
         if self.bf16 is None:
             self.bf16 = torch.cuda.is_available() and not self.use_cpu and self.trunk != "full"
         self.use_cpu = self.use_cpu or needs_cpu()

@@ -153,6 +153,11 @@ class RunOptions:
         "trunk, 1e-6 (TRL's) for whole models.",
     )
     per_device_train_batch_size: int = _field(8, "Comparisons (not texts) of one forward pass on one device.")
+    train_sampling_strategy: Literal["random", "group_by_length"] | None = _field(
+        None,
+        "Order of comparisons (transformers' name): random, or batches of like length, which pad less; null: the "
+        "latter where experts read token ids. Batches are shuffled either way, and seed and epoch alone decide.",
+    )
     logging_steps: float = _field(10, "Optimizer steps between two lines of the log (TRL's default).")
     gradient_checkpointing: bool = _field(
         False,
