@@ -56,7 +56,9 @@ def read_bytes(path: Path) -> bytes:
 
 def read_jsonl(path: Path) -> FileRows:
     """One JSON object a line; empty lines are skipped."""
-    rows, numbers, errors = [], [], []
+    rows: list[dict[str, Any]] = []
+    numbers: list[int] = []
+    errors: list[RowError] = []
     for number, line in enumerate(_split_lines(read_bytes(path)), start=1):
         if not line.strip():
             continue
