@@ -40,13 +40,13 @@ from measuring.contenders import OURS, RANK, TRL, Bases, Course, our_trainer, tr
 from measuring.figures import Peaks, all_figures, products_of
 from measuring.gate import check_against_trl, check_ours
 from measuring.machine import describe_machine, matrix_product_peak
+from measuring.prefixes import measure_prefix_sharing
 from measuring.report import as_json, figure_table, memory_table, stage_table
-from measuring.stages import CONVARG, Plan, StageResult, run_stage
-from measuring.texts import MIXES, distinct_rows
-from measuring.turns import SteppedTrainer
+from measuring.stages import CONVARG, Plan, StageResult, note, run_stage
+from measuring.texts import AGAINST_BOTH, MIXES, distinct_rows
+from measuring.turns import SteppedTrainer, give_memory_back, share_one_heap
 
 from prefmix.experts.base_model import load_base
-from prefmix.training.config import MixtureConfig
 
 # figure -> stage -> contenders; `| variant`s are taken where this version of prefmix has them.
 NEEDS: dict[int, dict[str, list[str]]] = {
@@ -93,7 +93,7 @@ def plan_stages(only: Iterable[int], rows: Iterable[str], with_trl: bool) -> dic
 
 def _with_variants(name: str) -> list[str]:
     """A contender and its implementations: prompts once and twice for LoRA, pure torch beside heads."""
-    if name == names.LORA and "prefix_sharing" in MixtureConfig.__dataclass_fields__:
+    if name == names.LORA:
         return [name + names.ONCE, name + names.TWICE]
     pure = name in ("heads, K=1", names.HEADS, names.CACHED, "heads, K=16")
     return [name, name + names.PURE] if pure else [name]
@@ -153,16 +153,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     base = bases[torch.float32]
     plan = plan_stages(args.only, args.rows, with_trl)
     errors = gate(plan, bases, with_trl)
-    print(f"gate passed: {json.dumps(errors)}", file=sys.stderr, flush=True)
+    note(f"gate passed: {json.dumps(errors)}")
     peaks: list[Peaks] = []
     measure = lambda: peaks.append(Peaks(*(matrix_product_peak(t) for t in (torch.float32, torch.bfloat16))))  # noqa: E731
     measure()
+    few = (args.repetitions + 1) // 2
     stages: dict[str, StageResult] = {}
     for stage, contenders in plan.items():
-        repetitions = args.repetitions if stage != "1:3" else (args.repetitions + 1) // 2
+        repetitions = args.repetitions if stage in ("1:1", "4:1") else few
         stages[stage] = run_stage(Plan(stage, contenders, args.pairs, repetitions, measure), bases)
+        give_memory_back()
     best = Peaks(*(max(values) for values in zip(*peaks)))
-    figures = all_figures(stages, memory, best, base.model)
+    mixes = [mix for mix in ("1:1", *AGAINST_BOTH, "4:1") if 6 in args.only and mix.partition(" ")[0] in args.rows]
+    prefixes = {mix: measure_prefix_sharing(base, mix, max(args.pairs // 2, 1), few, note) for mix in mixes}
+    figures = all_figures(stages, prefixes, memory, best, base.model)
     print(report(stages, figures, memory, best, errors))
     operations = {
         stage: {
@@ -181,6 +185,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "matrix_product_gflops": best._asdict(),
         "matrix_product_gflops_by_round": [peak._asdict() for peak in peaks],
         "gflop_of_a_step": operations,
+        "prefix_sharing": {mix: found._asdict() | {"ratio": found.ratio._asdict()} for mix, found in prefixes.items()},
         **as_json(stages, figures, memory),
     }
 
@@ -215,6 +220,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--memory", metavar="CONTENDER", help="print the peak memory of one contender and nothing else")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    share_one_heap()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)

@@ -149,7 +149,7 @@ def trl_trainer(name: str, bases: Bases, course: Course, *, own_base: bool = Fal
     lora = None if name == "TRL full head" else LoraConfig(**lora_settings(), task_type="CAUSAL_LM")
     columns = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in course.rows]
     return DPOTrainer(
-        model=_with_own_head(base.model) if lora is None else base.model if own_base else copy.deepcopy(base.model),
+        model=_with_own_head(base.model) if lora is None else base.model if own_base else _same_weights(base.model),
         ref_model=None if lora else base.model,
         args=args,
         train_dataset=datasets.Dataset.from_list(columns),
@@ -163,13 +163,19 @@ def lora_settings() -> dict[str, Any]:
     return {"r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0, "target_modules": "all-linear"}
 
 
+def _same_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of its own over the same frozen weights: several contenders must fit into one process."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
 def _with_own_head(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy in which nothing but an untied output head trains."""
-    free = copy.deepcopy(model).requires_grad_(False)
-    head = free.get_output_embeddings()
+    """The same, in which nothing but an untied output head trains."""
+    own = _same_weights(model).requires_grad_(False)
+    head = own.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=True)
-    free.config.tie_word_embeddings = False
-    return free
+    own.config.tie_word_embeddings = False
+    return own
 
 
 def trl_configuration(trainer: Any) -> dict[str, Any]:

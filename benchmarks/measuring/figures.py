@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from measuring.contenders import RANK, fields_of_ours
 from measuring.intervals import Interval, median_interval, ratio_interval
+from measuring.prefixes import PrefixSharing
 from measuring.products import Products, head_products
 from measuring.stages import CONVARG, StageResult, Timed
 
@@ -65,15 +66,19 @@ def _ratio(numerator: Sequence[float | None], denominator: Sequence[float | None
 
 
 def all_figures(
-    stages: dict[str, StageResult], memory: dict[str, float], peaks: Peaks, model: PreTrainedModel
+    stages: dict[str, StageResult],
+    prefixes: dict[str, PrefixSharing],
+    memory: dict[str, float],
+    peaks: Peaks,
+    model: PreTrainedModel,
 ) -> list[Figure]:
     """Every figure whose contenders were measured, in order."""
     found: list[Figure] = []
     for name, stage in stages.items():
-        found += _against_trl(name, stage) + _prefix_sharing(name, stage) + _further_heads(name, stage)
+        found += _against_trl(name, stage) + _whole_steps(name, stage) + _further_heads(name, stage)
         if name != CONVARG:
             found += _shares_of_peak(name, stage, peaks, model)
-    return sorted([*found, *_memory(memory)], key=lambda figure: figure.number)
+    return sorted([*found, *_prefix_sharing(prefixes), *_memory(memory)], key=lambda figure: figure.number)
 
 
 def _against_trl(name: str, stage: StageResult) -> list[Figure]:
@@ -110,18 +115,20 @@ def _against_trl(name: str, stage: StageResult) -> list[Figure]:
     return figures
 
 
-def _prefix_sharing(name: str, stage: StageResult) -> list[Figure]:
+def _whole_steps(name: str, stage: StageResult) -> list[Figure]:
     if LORA + ONCE not in stage.timed or LORA + TWICE not in stage.timed:
         return []
-    (tokens,) = stage.tokens.values()
-    bar = {"1:1": 1.4, "4:1": 1.65}.get(name)
-    limit = tokens.real / tokens.once
-    return [
-        Figure(6, "prompts read once against twice, whole K=1 LoRA step", name,
-               speed_ratio(stage, LORA + TWICE, LORA + ONCE), bar),
-        Figure(6, "tokens read twice over tokens read once (arithmetic, the limit without padding)", name,
-               Interval(limit, limit, limit)),
-    ]  # fmt: skip
+    ratio = speed_ratio(stage, LORA + TWICE, LORA + ONCE)
+    return [Figure(6, "prompts read once, not twice: whole K=1 LoRA step with its head", name, ratio)]
+
+
+def _prefix_sharing(measured: dict[str, PrefixSharing]) -> list[Figure]:
+    figures = []
+    for mix, found in measured.items():
+        bar = {"1:1": 1.4, "4:1": 1.65}[mix.partition(" ")[0]]
+        what = f"prompts read once, not twice: trunk, forward and backward ({found.limit:.2f} times fewer tokens)"
+        figures.append(Figure(6, what, mix, found.ratio, bar))
+    return figures
 
 
 def _further_heads(name: str, stage: StageResult) -> list[Figure]:

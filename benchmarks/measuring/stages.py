@@ -35,7 +35,15 @@ from prefmix.training.trainer import MixtureTrainer
 CONVARG = "ConvArg"
 CONVARG_DEBATES = 4
 CONVARG_BATCH = 64
-RARE = ("TRL LoRA, defaults", "TRL LoRA, fastest")  # they carry no bar, and take part in every other round
+# They carry no bar, or one in brackets, and take part in every other round.
+RARE = (
+    "TRL LoRA, defaults",
+    "TRL LoRA, fastest",
+    "full head, K=1",
+    "LoRA, all blocks, K=1 | prompts twice",
+    "heads, K=1 | pure torch",
+    "heads, K=16 | pure torch",
+)
 
 
 class Timed(NamedTuple):
@@ -127,7 +135,7 @@ def run_stage(plan: Plan, bases: Bases) -> StageResult:
             build = our_trainer if ours else trl_trainer
             variables = environment_of(name) if ours else {}
             stepped[name] = SteppedTrainer(partial(build, name, bases, courses[ours]), variables)
-            _note(f"{plan.name}: built {name} in {stepped[name].build_cpu:.1f} CPU s")
+            note(f"{plan.name}: built {name} in {stepped[name].build_cpu:.1f} CPU s")
         _same_start(stepped)
         tokens = {}
         for name, contender in stepped.items():
@@ -148,7 +156,7 @@ def _take_turns(plan: Plan, stepped: dict[str, SteppedTrainer]) -> dict[str, lis
     """The first step of each is not counted; odd rounds go backwards, so that nobody always follows the same."""
     for name, contender in stepped.items():
         cost = contender.step()
-        _note(f"{plan.name}: warm-up of {name}: {cost.cpu:.1f} CPU s")
+        note(f"{plan.name}: warm-up of {name}: {cost.cpu:.1f} CPU s")
     costs: dict[str, list[StepCost | None]] = {name: [] for name in stepped}
     for turn in range(plan.repetitions):
         names = list(stepped)
@@ -156,7 +164,7 @@ def _take_turns(plan: Plan, stepped: dict[str, SteppedTrainer]) -> dict[str, lis
             costs[name].append(None if name in RARE and turn % 2 else stepped[name].step())
         plan.after_round()
         last = ", ".join(f"{name} {c[-1].cpu:.2f}" for name, c in costs.items() if c[-1] is not None)
-        _note(f"{plan.name}: round {turn + 1} of {plan.repetitions}: {last}")
+        note(f"{plan.name}: round {turn + 1} of {plan.repetitions}: {last}")
     return costs
 
 
@@ -212,7 +220,8 @@ def _tokens(trainer: MixtureTrainer, course: Course) -> StepTokens:
     return step_tokens(trainer.train_comparisons.table, batches[1:])
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
+    """Progress goes to stderr; results to stdout."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -13,8 +13,10 @@ from prefmix.data.convarg import load_convarg
 from prefmix.data.datasets import read_named_file
 from prefmix.data.sampler import PromptGroupedSampler
 
-TOKENS_OF_A_TEXT = 184
-MIXES = {"1:1": (92, 92), "4:1": (147, 37), "1:3": (46, 138)}  # tokens of a prompt and of each response
+# Tokens of a prompt and of each response.
+MIXES = {"1:1": (92, 92), "4:1": (147, 37), "1:3": (46, 138)}
+# The prompt against both responses together: 1:1 and 4:1 in that sense.
+AGAINST_BOTH = {"1:1 against both": (122, 62), "4:1 against both": (164, 20)}
 
 
 class Rows(NamedTuple):
@@ -54,7 +56,7 @@ def distinct_rows(mix: str, count: int, tokenizer: PreTrainedTokenizerBase, seed
     texts, source = _real_texts()
     order = np.random.default_rng(seed).permutation(len(texts))
     pieces = _Pieces(tokenizer, (texts[i] for i in order))
-    prompt, response = MIXES[mix]
+    prompt, response = (MIXES | AGAINST_BOTH)[mix]
     rows = [
         {"prompt": pieces.next(prompt), "chosen": pieces.next(response - 1), "rejected": pieces.next(response - 1)}
         for _ in range(count)
