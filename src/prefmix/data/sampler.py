@@ -26,9 +26,10 @@ class PromptGroupedSampler(Sampler[int]):
     The order depends on seed and epoch alone: a resumed epoch that skips what was read continues exactly, whatever the
     number of processes that share a global batch.
 
-    With `lengths`, that order is cut into windows of some fifty batches. A window's rows are sorted by the longest row
-    of their block and cut into batches, and the batches are shuffled: neighbours stay neighbours, a batch holds like
-    lengths, and which batches there are differs from epoch to epoch. Rows that fill no batch come last, of any length.
+    With `lengths`, the shuffled rows of a prompt, and then the blocks of all prompts, are cut into windows of some
+    fifty batches. A window is sorted by length (a block's is that of its longest row) and cut into batches, and the
+    batches are shuffled: neighbours stay neighbours, a batch holds like lengths, and which batches there are differs
+    from epoch to epoch. Rows that fill no batch come last, of any length.
 
     Processes must take equally many steps. Where rows do not fill the last round of batches, copies of the epoch's
     last row do, as the negative number ~row: `ComparisonCollator` gives them no weight, and nothing remembers them.
@@ -75,6 +76,8 @@ class PromptGroupedSampler(Sampler[int]):
         blocks: list[np.ndarray] = []
         for rows in self._rows_of_prompt:
             shuffled = rng.permutation(rows)
+            if self._lengths is not None:
+                shuffled = self._by_length(shuffled, self._lengths[shuffled], rng)
             blocks.extend(np.split(shuffled, range(self._block_size, len(rows), self._block_size)))
         mixed = [blocks[block] for block in rng.permutation(len(blocks))]
         order = np.concatenate(mixed) if mixed else np.zeros(0, dtype=np.int64)
