@@ -195,6 +195,20 @@ def test_recomputed_activations_give_the_same_gradients(make_tiny_model, make_te
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+def test_a_layer_that_is_no_plain_product_adds_the_same_update(make_tiny_model, make_texts):
+    texts, results = pad_texts(make_texts(), range(5)), []
+    for wrapped in (False, True):
+        experts = moved(BranchedExperts(make_tiny_model(), 2, 1, rank=2))
+        layer = experts.base_model.model.layers[1].mlp.up_proj
+        if wrapped:  # as hooks that load offloaded weights do
+            layer.forward = lambda inputs, forward=layer.forward: forward(inputs)
+        trained = [p for p in experts.parameters() if p.requires_grad]
+        results.append([experts(texts).log_probs, *torch.autograd.grad(loss(experts, texts), trained)])
+        assert ("forward" in layer.__dict__) == wrapped
+    for plain, other in zip(*results, strict=True):
+        torch.testing.assert_close(plain, other, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
+
+
 def test_the_model_is_left_as_it_was(make_tiny_model, make_texts):
     model = make_tiny_model()
     experts = moved(BranchedExperts(model, 2, 1, trunk="lora"))

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -26,22 +25,15 @@ _WINDOWS = ("sliding_window", "window_size", "attention_window_size", "local_att
 
 
 class FlatSpan(NamedTuple):
-    """Where a span lies in the row, and where what it follows lies.
+    """One of the pieces that make up the row, in order.
 
     Attributes:
-        own: its tokens.
-        parents: the spans before it, from the beginning of its texts.
+        length: C.
+        parents: numbers of the pieces before it in its texts, from their beginning.
     """
 
-    own: slice
-    parents: tuple[slice, ...]
-
-    def moved(self, kept: np.ndarray) -> FlatSpan:
-        """The same tokens in a row that keeps only the tokens `kept` (ascending), all of the span's among them."""
-        starts = np.searchsorted(kept, [part.start for part in (self.own, *self.parents)]).tolist()
-        parts = zip((self.own, *self.parents), starts, strict=True)
-        own, *parents = (slice(start, start + part.stop - part.start) for part, start in parts)
-        return FlatSpan(own, tuple(parents))
+    length: int
+    parents: tuple[int, ...]
 
 
 @contextmanager
@@ -117,11 +109,14 @@ def _attend(
     """What transformers calls for an attention by our name."""
     assert _row is not None
     attention = _model_attention(module, _row.attention)
+    lengths = [span.length for span in _row.spans]
+    # Cut once: the backward of a cut is one tensor, that of as many slices as many tensors of zeros.
+    queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     found = []
-    for span in _row.spans:
-        own = query[:, :, span.own]
-        keys, values = _of_span(key, span), _of_span(value, span)
-        found.append(attention(module, own, keys, values, _mask(own, keys, _row), **options)[0])
+    for number, span in enumerate(_row.spans):
+        reached = (*span.parents, number)
+        own, before, content = queries[number], _joined(keys, reached), _joined(values, reached)
+        found.append(attention(module, own, before, content, _mask(own, before, _row), **options)[0])
     return torch.cat(found, dim=1), None
 
 
@@ -135,10 +130,8 @@ def _model_attention(module: nn.Module, name: str) -> Callable[..., Any]:
     return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]
 
 
-def _of_span(tensor: Tensor, span: FlatSpan) -> Tensor:
-    if not span.parents:
-        return tensor[:, :, span.own]
-    return torch.cat([tensor[:, :, part] for part in (*span.parents, span.own)], dim=2)
+def _joined(parts: Sequence[Tensor], numbers: Sequence[int]) -> Tensor:
+    return parts[numbers[0]] if len(numbers) == 1 else torch.cat([parts[number] for number in numbers], dim=2)
 
 
 def _mask(query: Tensor, key: Tensor, row: _Row) -> Tensor | None:

@@ -10,7 +10,7 @@ Legend: K experts, r rank, I inputs and O outputs of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -78,15 +78,17 @@ class LoraBank(nn.Module):
     @contextmanager
     def applied(self, matrices: Sequence[LoraMatrices]) -> Iterator[None]:
         """Within this block the layers add one expert's update; not for two threads at once."""
-        handles = [
-            layer.register_forward_hook(partial(_add_update, matrices=pair, scale=self.scale))
-            for layer, pair in zip(self._layers, matrices, strict=True)
-        ]
+        before = [layer.__dict__.get("forward") for layer in self._layers]
+        for layer, own, pair in zip(self._layers, before, matrices, strict=True):
+            plain = own is None and type(layer) in (nn.Linear, Conv1D)
+            layer.forward = partial(_updated, layer if plain else None, layer.forward, pair, self.scale)
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            for layer, own in zip(self._layers, before, strict=True):
+                del layer.forward
+                if own is not None:
+                    layer.forward = own
 
     def state(self, expert: int) -> dict[str, Tensor]:
         """One expert's matrices as PEFT names them: `<layer>.lora_A.weight` [r, I], `<layer>.lora_B.weight` [O, r]."""
@@ -116,14 +118,53 @@ def is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear | Conv1D)
 
 
-def _add_update(
-    module: nn.Module, args: tuple[Any, ...], output: Tensor, *, matrices: LoraMatrices, scale: float
-) -> Tensor:
-    low = nn.functional.linear(args[0].to(matrices.down.dtype), matrices.down) * scale
-    if output.dtype != low.dtype:
-        return output + nn.functional.linear(low, matrices.up).to(output.dtype)
-    # One product that adds to the output: no second tensor of the output's size.
-    return torch.addmm(output.flatten(0, -2), low.flatten(0, -2), matrices.up.T).view_as(output)
+def _updated(layer: nn.Module | None, forward: Callable[[Tensor], Tensor], *args: Any) -> Tensor:
+    """What stands for the layer's own `forward`; `layer` is None where that is not a plain product."""
+    matrices, scale, inputs = args
+    if layer is not None and _is_one_type(layer, inputs, matrices):
+        weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+        return _LoraLinear.apply(inputs, weight, layer.bias, *matrices, scale)  # type: ignore[no-any-return]
+    output = forward(inputs)
+    low = nn.functional.linear(inputs.to(matrices.down.dtype), matrices.down) * scale
+    return output + nn.functional.linear(low, matrices.up).to(output.dtype)
+
+
+def _is_one_type(layer: nn.Module, inputs: Tensor, matrices: LoraMatrices) -> bool:
+    parameters = list(layer.parameters(recurse=False))
+    one_type = all(tensor.dtype == inputs.dtype for tensor in (*parameters, matrices.down))
+    trains = any(parameter.requires_grad for parameter in parameters)
+    return one_type and not trains and not torch.is_autocast_enabled(inputs.device.type)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """y = W x + b + s B A x in as few passes over tensors of the outputs' size as there are.
+
+    Autograd would copy the output to add the update, and the gradient of x once more.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+    ) -> Tensor:
+        rows = inputs.flatten(0, -2)
+        low = rows @ down.T
+        outputs = nn.functional.linear(rows, weight, bias).addmm_(low, up.T, alpha=scale)
+        ctx.save_for_backward(inputs, low, weight, down, up)
+        ctx.scale = scale
+        return outputs.view(*inputs.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        inputs, low, weight, down, up = ctx.saved_tensors
+        rows, grad_rows = inputs.flatten(0, -2), grad.flatten(0, -2)
+        grad_low = (grad_rows @ up).mul_(ctx.scale)
+        grad_down = grad_low.T @ rows if ctx.needs_input_grad[3] else None
+        # [r, O] and turned: a product with few rows is faster than one with few columns.
+        grad_up = (low.T @ grad_rows).mul_(ctx.scale).T if ctx.needs_input_grad[4] else None
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, grad_down, grad_up, None
+        grad_inputs = (grad_rows @ weight).addmm_(grad_low, down)
+        return grad_inputs.view_as(inputs), None, None, grad_down, grad_up, None
 
 
 def _sizes(layer: nn.Module) -> tuple[int, int]:

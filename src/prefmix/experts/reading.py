@@ -8,11 +8,12 @@ Legend: N texts, L padded length, R rows, M their length, T completion tokens, D
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -86,15 +87,15 @@ class Reading(NamedTuple):
             )
             return part, Kept(0, self.num_texts, texts)
         readers = self.readers[:, texts.cpu().numpy()]
-        chosen = np.flatnonzero(readers.any(1))
-        kept = np.concatenate([np.arange(self.spans[s].own.start, self.spans[s].own.stop) for s in chosen])
+        chosen = readers.any(1)
+        kept = np.flatnonzero(chosen.repeat([span.length for span in self.spans]))
         tokens = torch.from_numpy(kept).to(texts.device)
         part = common._replace(
             input_ids=self.input_ids[:, tokens],
             attention_mask=self.attention_mask[:, tokens],
             position_ids=self.position_ids[:, tokens],
             before=_numbers(tokens, length)[self.before[scored]],
-            spans=tuple(self.spans[s].moved(kept) for s in chosen),
+            spans=_renumbered(self.spans, chosen),
             readers=readers[chosen],
         )
         return part, Kept(1, length, tokens)
@@ -113,12 +114,11 @@ def flat_reading(texts: PaddedTexts, shortest: int = SHORTEST_PREFIX) -> Reading
     ids, mask, scored = (field.cpu().numpy() for field in texts)
     tree = prefix_tree(ids, mask.sum(1), shortest)
     place, readers = np.zeros(ids.shape, dtype=np.int64), np.zeros((len(tree), len(ids)), dtype=bool)
-    own: list[slice] = []
+    total = 0
     for number, span in enumerate(tree):
-        start = own[-1].stop if own else 0
-        own.append(slice(start, start + span.stop - span.start))
-        place[span.texts, span.start : span.stop] = np.arange(own[-1].start, own[-1].stop)
+        place[span.texts, span.start : span.stop] = total + np.arange(span.stop - span.start)
         readers[number, span.texts] = True
+        total += span.stop - span.start
     text, position = scored[:, 1:].nonzero()
     arrays = (
         np.concatenate([ids[span.texts[0], span.start : span.stop] for span in tree])[None],
@@ -128,7 +128,7 @@ def flat_reading(texts: PaddedTexts, shortest: int = SHORTEST_PREFIX) -> Reading
         text,
     )
     row, positions, before, targets, segments = (torch.from_numpy(array).to(texts.input_ids.device) for array in arrays)
-    spans = tuple(FlatSpan(own[i], tuple(own[p] for p in span.parents)) for i, span in enumerate(tree))
+    spans = tuple(FlatSpan(span.stop - span.start, span.parents) for span in tree)
     scores = (before, targets, segments, len(ids))
     return Reading(row, torch.ones_like(row), positions, *scores, spans, readers)
 
@@ -138,6 +138,13 @@ def run_reading(model: PreTrainedModel, reading: Reading) -> PackedStates:
     with flat_attention(model, reading.spans):
         output = run_trunk(model, reading.input_ids, reading.attention_mask, **reading.options)
     return reading.completions(output.last_hidden_state)
+
+
+def _renumbered(spans: Sequence[FlatSpan], chosen: Bool[np.ndarray, "S"]) -> tuple[FlatSpan, ...]:
+    """Those chosen, all parents of one among them."""
+    numbers = (np.cumsum(chosen) - 1).tolist()
+    kept = [span for span, keep in zip(spans, chosen, strict=True) if keep]
+    return tuple(FlatSpan(span.length, tuple(numbers[parent] for parent in span.parents)) for span in kept)
 
 
 def _numbers(chosen: Int[Tensor, "n"], size: int) -> Int[Tensor, "size"]:
