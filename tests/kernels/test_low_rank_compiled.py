@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -226,6 +227,17 @@ def test_without_a_compiler_auto_is_pure_torch_in_silence(monkeypatch, tmp_path)
     assert resolve("auto", DEMAND) == "chunked"
     with pytest.raises(ValueError, match="no C compiler"):
         resolve("compiled", DEMAND)
+
+
+@compiled_only
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86")
+@pytest.mark.parametrize("machine", ["x86-64", "x86-64-v3"])
+def test_narrower_instruction_sets_give_the_same(monkeypatch, tmp_path, machine):
+    """SSE2 and AVX2, where this processor may have AVX-512: lanes, blocks and exp2 differ."""
+    monkeypatch.setattr(c_library, "_MACHINE", (f"-march={machine}",))
+    code = load_library(tmp_path)
+    monkeypatch.setattr(low_rank_compiled, "library", lambda: code)
+    assert low_rank_compiled._self_check() < 1e-4
 
 
 def test_code_that_gives_other_numbers_is_not_taken(monkeypatch):

@@ -18,7 +18,9 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("low_rank.c")
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared")
+# Some compilers do not know "native" on their processor; the code is right without it, and slower.
+_MACHINE = ("-march=native",)
+_FLAGS = ("-O3", "-ffp-contract=fast", "-fPIC", "-shared")
 _SECONDS = 120
 
 
@@ -88,7 +90,7 @@ def _cache_folder() -> Path:
 
 
 def _key(compiler: str) -> str:
-    parts = [SOURCE.read_bytes(), compiler.encode(), " ".join(_FLAGS).encode(), _processor().encode()]
+    parts = [SOURCE.read_bytes(), compiler.encode(), " ".join(_FLAGS + _MACHINE).encode(), _processor().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 
@@ -103,12 +105,14 @@ def _processor() -> str:
 def _compile(compiler: str, file: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".compiling-", dir=file.parent) as work:
         made = Path(work) / file.name
-        command = [compiler, *_FLAGS, str(SOURCE), "-o", str(made), "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
-        if done.returncode != 0:
-            raise NoLibraryError(f"{' '.join(command)} failed: {done.stderr[-500:]}")
-        os.replace(made, file)
-    logger.debug("compiled %s", file)
+        for machine in (_MACHINE, ()):
+            command = [compiler, *_FLAGS, *machine, str(SOURCE), "-o", str(made), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+            if done.returncode == 0:
+                os.replace(made, file)
+                logger.debug("compiled %s", file)
+                return
+        raise NoLibraryError(f"{' '.join(command)} failed: {done.stderr[-500:]}")
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:

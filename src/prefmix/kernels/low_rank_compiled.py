@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -203,14 +204,17 @@ def _share_out(function: Callable[[int, slice], int], total: int, unit: int) -> 
     parts = [slice(start, min(start + size, total)) for start in range(0, total, size)]
     calls = list(enumerate(parts))
     failed = (
-        [function(*calls[0])] if len(calls) == 1 else list(_threads(threads).map(lambda call: function(*call), calls))
+        [function(*calls[0])]
+        if len(calls) == 1
+        else list(_threads(threads, os.getpid()).map(lambda call: function(*call), calls))
     )
     if any(failed):
         raise MemoryError("no memory for the buffers of a tile of logits")
 
 
 @functools.cache
-def _threads(count: int) -> ThreadPoolExecutor:
+def _threads(count: int, process: int) -> ThreadPoolExecutor:
+    # By process, since a fork inherits the pool but not its threads.
     return ThreadPoolExecutor(count, thread_name_prefix="prefmix-kernel")
 
 
