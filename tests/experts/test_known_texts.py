@@ -47,6 +47,24 @@ def test_only_new_texts_are_read(base, tmp_path, read_ids):
     torch.testing.assert_close(found.prompt_mean, alone.prompt_mean)
 
 
+def test_known_states_are_copied_a_few_at_a_time(base, tmp_path, monkeypatch):
+    build_trunk_states(base, FIRST, cache_dir=tmp_path, progress=False)
+    copied: list[int] = []
+    original = trunk_cache.TrunkStates.batch
+
+    def watching(self, text_ids, found):
+        copied.append(len(found))
+        return original(self, text_ids, found)
+
+    monkeypatch.setattr(trunk_cache.TrunkStates, "batch", watching)
+    monkeypatch.setattr(trunk_cache, "_COPIED_TOKENS", 2)
+    again = table([(0, [20, 21]), (1, [22]), (0, [23, 24, 25]), (1, [27])])
+    found = build_trunk_states(base, again, cache_dir=tmp_path, progress=False)
+    assert sum(copied) == 3 and len(copied) > 1
+    alone = build_trunk_states(base, again, mode="memory", progress=False)
+    torch.testing.assert_close(found.gather([0, 1, 2, 3])["hidden"], alone.gather([0, 1, 2, 3])["hidden"])
+
+
 def test_another_base_or_type_knows_nothing(base, tmp_path, read_ids):
     build_trunk_states(base, FIRST, cache_dir=tmp_path, progress=False)
     build_trunk_states(base._replace(sha256="another"), FIRST, cache_dir=tmp_path, progress=False)

@@ -12,6 +12,7 @@ import torch
 from prefmix.data.comparisons import TextTable
 from prefmix.experts import text_pass, trunk_cache
 from prefmix.experts.trunk_cache import build_trunk_states
+from prefmix.experts.trunk_files import map_hidden
 
 
 @pytest.fixture
@@ -184,3 +185,19 @@ def test_a_full_disk_is_said_before_reading(base, make_texts, tmp_path, monkeypa
         build(base, make_texts(), tmp_path)
     assert trunk_calls == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="this system does not say which pages are in memory")
+def test_states_on_disk_are_not_read_into_memory(tmp_path):
+    rows, columns = 2**16, 256
+    map_hidden(tmp_path, rows, columns, torch.float32, create=True)[:] = 1.0  # 64 MB
+    states = map_hidden(tmp_path, rows, columns, torch.float32)
+    assert float(states[torch.tensor([5, 30_000, 65_000])].sum()) == 3 * columns
+    with open("/proc/self/smaps", encoding="utf-8") as lines:
+        resident, inside = 0, False
+        for line in lines:
+            if "-" in line.split()[0]:  # the first line of a mapping
+                inside = line.rstrip().endswith(str(tmp_path / "hidden.bin"))
+            elif inside and line.startswith("Rss:"):
+                resident += int(line.split()[1])
+    assert resident < 8 * 1024  # kB; the system maps what lies around a page that is asked for

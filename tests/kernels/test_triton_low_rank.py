@@ -178,8 +178,9 @@ SIGNATURES = {
 
 
 @pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel has no machine code")
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("kernel", SIGNATURES)
-def test_compiles_for_a_gpu_that_is_not_here(kernel):
+def test_compiles_for_a_gpu_that_is_not_here(kernel, capability):
     """The compiler needs no GPU: shared memory must fit the smallest of the data-centre generation (99 KiB)."""
     import triton as package
     from triton.backends.compiler import GPUTarget
@@ -198,6 +199,6 @@ def test_compiles_for_a_gpu_that_is_not_here(kernel):
     constants = {"R": 16, "BT": blocks.tokens, "BV": blocks.vocab, "HAS_BIAS": False, "PRECISION": "tf32x3"}
     constants |= {} if "gradient" in kernel else {"K": 8}
     source = ASTSource(getattr(triton_tiles, kernel), signature | dict.fromkeys(constants, "constexpr"), constants)
-    compiled = package.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_stages": 2})
-    assert "mma" in compiled.asm["ptx"]  # tensor cores
+    compiled = package.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_stages": 2})
+    assert "mma" in compiled.asm["ptx"]  # tensor cores: mma.sync, wgmma.mma_async
     assert compiled.metadata.shared <= 99 * 1024

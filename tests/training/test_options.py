@@ -40,7 +40,7 @@ from prefmix.training.options import OPTION_NAMES, check_fields, expert_head, ga
         ({"estep_temperature": 2.0}, "no effect"),
         ({"max_length": 1}, "max_length=1"),
         ({"learning_rate": 0.0}, "learning_rate=0.0: must be positive"),
-        ({"fp16": True}, "bf16=true"),
+        ({"fp16": True, "branch_depth": 1}, "bf16=true"),
         ({"label_smoothing_factor": 0.1}, "label_noise"),
         ({"push_to_hub": True}, "output_dir/policy"),
         ({"save_only_model": True}, "cannot be resumed"),

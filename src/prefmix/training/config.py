@@ -32,7 +32,7 @@ class MixtureConfig(MixtureOptions, RunOptions, TrainingArguments):  # type: ign
             states = self.expert_kind == "shared_base" and reads_states(self.branch_depth, self.trunk)
             self.train_sampling_strategy = "random" if states and self.cache_states != "off" else "group_by_length"
         if self.bf16 is None:
-            self.bf16 = torch.cuda.is_available() and not self.use_cpu and self.trunk != "full"
+            self.bf16 = torch.cuda.is_available() and not (self.use_cpu or self.fp16) and self.trunk != "full"
         self.use_cpu = self.use_cpu or needs_cpu()
         if self.ddp_find_unused_parameters is None:  # a whole model that no row of a batch draws gets no gradient
             self.ddp_find_unused_parameters = self.expert_kind == "independent" and self.m_step != "all"
@@ -51,6 +51,8 @@ class MixtureConfig(MixtureOptions, RunOptions, TrainingArguments):  # type: ign
 
         Whole models are float32, references included, and bf16 is the type of their products (autocast).
         """
+        if self.fp16:  # heads alone: nothing has a gradient through the trunk
+            return torch.float16
         return torch.bfloat16 if self.bf16 and self.expert_kind == "shared_base" else torch.float32
 
     @property

@@ -54,7 +54,8 @@ def expert_problems(values: Mapping[str, Any]) -> list[str]:
     """Why kind, models, starts and frozen experts do not go together, or nothing."""
     independent = values["expert_kind"] == "independent"
     problems = _independent_problems(values) if independent else _shared_base_problems(values)
-    problems += _count_problems(values) + _parallel_problems(values) + _quantization_problems(values)
+    problems += _count_problems(values) + _parallel_problems(values)
+    problems += _quantization_problems(values) + _float16_problems(values)
     starts_differ = bool(values["init_experts"]) or (bool(values["expert_models"]) and values["reference"] == "shared")
     if values["init"] == "experts" and not starts_differ:
         problems.append(
@@ -141,6 +142,19 @@ def _quantization_problems(values: Mapping[str, Any]) -> list[str]:
     ):
         if values[name] == bad:
             problems.append(f"{name}={bad!r} with {names[0]}=true: {reason}")
+    return problems
+
+
+def _float16_problems(values: Mapping[str, Any]) -> list[str]:
+    if not values.get("fp16"):
+        return []
+    problems = ["bf16=true with fp16=true: choose one type"] if values.get("bf16") else []
+    for name, frozen in (("expert_kind", "shared_base"), ("branch_depth", 0), ("trunk", "frozen")):
+        if values[name] != frozen:
+            problems.append(
+                f"fp16=true with {name}={values[name]!r}: gradients through float16 blocks vanish without loss "
+                "scaling, which prefmix does not do; use bf16=true, or float32"
+            )
     return problems
 
 

@@ -380,8 +380,6 @@ def _combination_problems(values: Mapping[str, Any]) -> list[str]:
         problems.append(f"m_step_threshold with m_step={values['m_step']!r}: no effect there; use m_step='top'")
     if estep == "exact" and (values["estep_temperature"], values["estep_temperature_end"]) != (1.0, 1.0):
         problems.append("estep_temperature with estep='exact': no effect there; use estep='annealed' or leave it at 1")
-    if values.get("fp16"):
-        problems.append("fp16=true: sums of log-probabilities overflow float16; use bf16=true or float32")
     for name, remedy in _UNSUPPORTED.items():
         if values.get(name):
             problems.append(f"{name}={values[name]!r}: {remedy}")
