@@ -22,7 +22,7 @@ class Arm:
         more_rates: further rates, each three times beyond the best one, while that stands at the edge of the grid.
         seeds: the first one chooses the rate.
         epochs: passes over the rows.
-        every_pair: train on all pairs of the training arguments.
+        more_pairs: train on more rows.
         trl: TRL's `DPOTrainer` with PEFT's LoRA on all linear layers.
     """
 
@@ -34,7 +34,7 @@ class Arm:
     more_rates: int = 0
     seeds: tuple[int, ...] = (0,)
     epochs: int = 2
-    every_pair: bool = False
+    more_pairs: bool = False
     trl: bool = False
 
 
@@ -44,7 +44,7 @@ def all_arms() -> dict[str, Arm]:
     Ranks 4 and 64 take the rate that rank 16 chose, and two blocks that of four: parameters of one kind, whose scale
     does not depend on the rank.
     """
-    low_rank, full, lora = (1e-3, 3e-3, 1e-2), (1e-5, 3e-5, 1e-4), (3e-4, 1e-3)
+    low_rank, full, lora = (3e-4, 1e-3, 3e-3), (1e-5, 3e-5, 1e-4), (1e-4, 3e-4)
     hidden, blocks, everywhere = "head, hidden, r=16", "LoRA, last 4 blocks, r=16", "LoRA, all blocks, r=16"
     default = {"branch_depth": 0, "head": "hidden", "expert_rank": 16}
     arms = [
@@ -58,7 +58,7 @@ def all_arms() -> dict[str, Arm]:
         Arm("TRL LoRA, r=16", "TRL", rate_of=everywhere, trl=True),
         _head("full", 0, full),
         _branch(2, 16, blocks),
-        Arm(f"{hidden}, all pairs", "head: more steps", default, rate_of=hidden, seeds=(0, 1), every_pair=True),
+        Arm(f"{hidden}, 4x the pairs", "head: more steps", default, rate_of=hidden, seeds=(0, 1), more_pairs=True),
         _branch(4, 64, blocks),
         _head("logit", 64, "head, logit, r=16"),
         _head("logit", 4, "head, logit, r=16"),
@@ -75,13 +75,13 @@ def all_arms() -> dict[str, Arm]:
 def _head(kind: str, rank: int, rates: tuple[float, ...] | str) -> Arm:
     name = "head, full" if kind == "full" else f"head, {kind}, r={rank}"
     options = {"branch_depth": 0, "head": kind} | ({} if kind == "full" else {"expert_rank": rank})
-    return Arm(name, f"head: {kind}", options, **_choice(rates), more_rates=2, seeds=(0, 1))
+    return Arm(name, f"head: {kind}", options, **_choice(rates), more_rates=1, seeds=(0, 1))
 
 
 def _branch(depth: int, rank: int, rates: tuple[float, ...] | str) -> Arm:
     blocks = "all blocks" if depth == EVERYWHERE else f"last {depth} blocks"
     options = {"branch_depth": depth, "expert_rank": rank}
-    return Arm(f"LoRA, {blocks}, r={rank}", f"LoRA: {blocks}", options, **_choice(rates))
+    return Arm(f"LoRA, {blocks}, r={rank}", f"LoRA: {blocks}", options, **_choice(rates), more_rates=1)
 
 
 def _choice(rates: tuple[float, ...] | str) -> dict[str, Any]:

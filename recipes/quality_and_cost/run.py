@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from arms import Arm, all_arms
-from debates import load_debates
+from films import load_films, mean_ratings
 from runs import (
     Workplace,
     products_per_second,
@@ -115,7 +116,7 @@ class Study:
             record = self._train(run, states)
         if scored and "test" not in record:
             experts = with_state(record["experts"], load_file(str(states)), self._place)
-            record["test"] = self._judged(score(experts, self._place.debates.test, self._place), keep=True)
+            record["test"] = self._judged(score(experts, self._place.films.test, self._place), keep=True)
             self._write()
             states.unlink()
         return record
@@ -124,14 +125,14 @@ class Study:
         before = products_per_second()
         trained = train(run.arm, run.rate, run.seed, self._place)
         speed = [round(before, 1), round(products_per_second(), 1)]
-        validation = self._place.debates.validation
+        validation = self._place.films.validation
         record = {
             "loop_seconds": round(trained.seconds, 2),
             "products_gf_per_cpu_second": speed,
             "steps": trained.steps,
             "parameters": trained.parameters,
             "experts": trained.experts.describe(),
-            "validation": judge(score(trained.experts, validation, self._place), validation).to_dict(),
+            "validation": judge(score(trained.experts, validation, self._place)).to_dict(),
         }
         states.parent.mkdir(parents=True, exist_ok=True)
         save_file(state_of(trained.experts), str(states))
@@ -146,15 +147,18 @@ class Study:
         return record
 
     def _baselines(self) -> dict[str, Any]:
-        test = self._place.debates.test
-        texts = test.table.texts.completion_ids
-        longer = np.array([len(texts[c]) - len(texts[r]) for c, r in zip(test.table.chosen, test.table.rejected)])
-        agreed = test.votes[:, 0] - test.votes[:, 1]  # the chosen argument is the majority's
-        logits = {"reference": reference_logits(test, self._place), "longer argument": longer, "most judges": agreed}
-        return {name: judge(values, test).accuracy for name, values in logits.items()}
+        test, ratings = self._place.films.test, mean_ratings()
+        older = [_year(row["rejected"]) - _year(row["chosen"]) for row in test.rows]
+        popular = [ratings[row["chosen"]] - ratings[row["rejected"]] for row in test.rows]
+        logits = {
+            "reference": reference_logits(test, self._place),
+            "the older film": np.array(older),
+            "the film with the higher mean rating": np.array(popular),
+        }
+        return {name: round(judge(values).accuracy, 5) for name, values in logits.items()}
 
     def _judged(self, margins: np.ndarray, keep: bool) -> dict[str, Any]:
-        found = judge(margins, self._place.debates.test).to_dict()
+        found = judge(margins).to_dict()
         return found | ({"margins": [round(float(value), 4) for value in margins]} if keep else {})
 
     def _write(self) -> None:
@@ -169,9 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     args = _parser().parse_args(arguments)
     torch.set_num_threads(1)
     base = load_base(args.model, dtype=torch.float32)
-    rows = {name: getattr(args, name) for name in ("max_words", "pairs_per_side", "min_agreement", "max_sides")}
-    debates = load_debates(base.tokenizer, **rows, seed=args.split_seed)
-    place = Workplace(base, debates, args.work_dir)
+    rows = {name: getattr(args, name) for name in ("training_pairs", "more_pairs", "max_held_out")}
+    films = load_films(base.tokenizer, **rows, seed=args.split_seed)
+    place = Workplace(base, films, args.work_dir)
     settings = rows | {"split_seed": args.split_seed, "model": Path(args.model).name, "commit": args.commit}
     study = Study(place, args.output, settings, 60 * args.max_cpu_minutes)
     study.start()
@@ -181,9 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             print(f"stopped before {arm.name} was complete; the same command goes on", flush=True)
             break
     finished = [all_arms()[name] for name in all_arms() if _complete(study.results, all_arms()[name])]
-    print(table_text(study.results, finished, debates.test))
+    print(table_text(study.results, finished, films.test))
     if finished:
-        write_pictures(study.results, finished, debates.test, args.output)
+        write_pictures(study.results, finished, films.test, args.output)
     return study.results
 
 
@@ -193,26 +197,28 @@ def _complete(results: dict[str, Any], arm: Arm) -> bool:
 
 
 def _rows_in_words(place: Workplace) -> dict[str, Any]:
-    debates = place.debates
-    held = {"validation": debates.validation, "test": debates.test}
-    numbers: dict[str, Any] = {"training_pairs": len(debates.few), "all_training_pairs": len(debates.many)}
-    numbers["training_arguments"] = len({(r["prompt"], r[n]) for r in debates.few for n in ("chosen", "rejected")})
-    for name, pairs in held.items():
-        numbers |= {
-            f"{name}_pairs": len(pairs.table),
-            f"{name}_judgements": int(pairs.votes.sum()),
-            f"{name}_arguments": len(pairs.table.texts),
-        }
+    films = place.films
+    numbers = {}
+    for name, rows in (("training", films.few), ("more_training", films.many)):
+        different = {row[side] for row in rows for side in ("chosen", "rejected")}
+        numbers |= {f"{name}_pairs": len(rows), f"{name}_films": len(different)}
+    for name, pairs in (("validation", films.validation), ("test", films.test)):
+        numbers |= {f"{name}_pairs": len(pairs.table), f"{name}_films": len(pairs.table.texts)}
     return numbers
+
+
+def _year(film: str) -> int:
+    """Year in "Title (1942): genres"; 0 where there is none."""
+    found = re.findall(r"\((\d{4})\)", film)
+    return int(found[-1]) if found else 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Held-out accuracy against CPU seconds for every kind of expert.")
     parser.add_argument("--model", default="smollm2", help="base model")
-    parser.add_argument("--max-words", type=int, default=45, help="longer arguments are left out")
-    parser.add_argument("--pairs-per-side", type=int, default=7, help="training pairs of each side of a debate")
-    parser.add_argument("--min-agreement", type=float, default=0.75, help="of the judges of a training pair")
-    parser.add_argument("--max-sides", type=int, help="keep so many sides of debates only")
+    parser.add_argument("--training-pairs", type=int, default=300, help="of every arm")
+    parser.add_argument("--more-pairs", type=int, default=1200, help="of heads that train on more")
+    parser.add_argument("--max-held-out", type=int, help="at most so many validation and test pairs")
     parser.add_argument("--split-seed", type=int, default=0)
     parser.add_argument("--arms", nargs="+", help="these models only")
     parser.add_argument("--max-cpu-minutes", type=float, default=math.inf, help="start no run after so many")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from arms import EVERYWHERE, Arm
-from debates import Debates, Pairs
+from films import Films, Pairs
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
@@ -50,12 +50,12 @@ class Workplace(NamedTuple):
 
     Attributes:
         base: the base model.
-        debates: the rows.
+        films: the rows.
         folder: of cached states, runs and states of experts.
     """
 
     base: BaseModel
-    debates: Debates
+    films: Films
     folder: Path
 
 
@@ -101,11 +101,11 @@ def train(arm: Arm, rate: float, seed: int, place: Workplace) -> Trained:
     return _train_trl(arm, rate, seed, place) if arm.trl else _train_ours(arm, rate, seed, place)
 
 
-def states_of_training_rows(every_pair: bool, place: Workplace) -> float:
+def states_of_training_rows(more_pairs: bool, place: Workplace) -> float:
     """Reads the training texts of heads once, and keeps their states; CPU seconds."""
-    rows = place.debates.many if every_pair else place.debates.few
+    rows = place.films.many if more_pairs else place.films.few
     table = tokenize_rows(rows, place.base.tokenizer, progress=False)
-    cache = _cache_of(every_pair, place)
+    cache = _cache_of(more_pairs, place)
     shutil.rmtree(cache, ignore_errors=True)
     start = time.process_time()
     build_trunk_states(place.base, table.texts, cache_dir=cache, progress=False)
@@ -168,12 +168,12 @@ def _train_ours(arm: Arm, rate: float, seed: int, place: Workplace) -> Trained:
         num_train_epochs=arm.epochs,
         seed=seed,
         overwrite_output_dir=True,
-        cache_dir=str(_cache_of(arm.every_pair, place)),
+        cache_dir=str(_cache_of(arm.more_pairs, place)),
         bf16=False,
         **SHARED,
         **arm.options,
     )
-    rows = place.debates.many if arm.every_pair else place.debates.few
+    rows = place.films.many if arm.more_pairs else place.films.few
     trainer = TrainerWithoutPolicy(place.base, args, train_dataset=rows, callbacks=[clock])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -200,7 +200,7 @@ def _train_trl(arm: Arm, rate: float, seed: int, place: Workplace) -> Trained:
     trainer = DPOTrainer(
         model=load_base(place.base.source, dtype=torch.float32).model,
         args=args,
-        train_dataset=datasets.Dataset.from_list(place.debates.few),
+        train_dataset=datasets.Dataset.from_list(place.films.few),
         processing_class=place.base.tokenizer,
         peft_config=LoraConfig(r=TRL_RANK, lora_alpha=2 * TRL_RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[clock],
@@ -222,8 +222,8 @@ def _trained_numbers(trainer: Any) -> int:
     return sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
 
 
-def _cache_of(every_pair: bool, place: Workplace) -> Path:
-    return place.folder / ("states_of_all_pairs" if every_pair else "states")
+def _cache_of(more_pairs: bool, place: Workplace) -> Path:
+    return place.folder / ("states_of_more_pairs" if more_pairs else "states")
 
 
 def cost(arm: Arm, seconds: float, reading: Sequence[float]) -> float:
@@ -232,6 +232,6 @@ def cost(arm: Arm, seconds: float, reading: Sequence[float]) -> float:
     Args:
         arm: what ran.
         seconds: of the loop.
-        reading: CPU seconds of reading the states of the few and of all pairs.
+        reading: CPU seconds of reading the states of the few and of more pairs.
     """
-    return seconds + (reading[arm.every_pair] if arm.options.get("branch_depth") == 0 else 0.0)
+    return seconds + (reading[arm.more_pairs] if arm.options.get("branch_depth") == 0 else 0.0)

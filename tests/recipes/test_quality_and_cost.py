@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quality_and_cost"
-MODULES = ("arms", "debates", "runs", "tables", "run")
+MODULES = ("arms", "films", "runs", "tables", "run")
 HEAD, TRL, BLOCKS = "head, hidden, r=16", "TRL LoRA, r=16", "LoRA, all blocks, r=16"
 
 
@@ -27,12 +28,32 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleTy
         sys.modules.pop(name, None)
 
 
+@pytest.fixture(autouse=True)
+def films(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invented films that everybody rates alike, where the recipe looks for the real ones."""
+    titles = [f"The {word} of {i} ({1930 + i})" for i, word in enumerate(["sky", "sea", "girl", "forest", "film"] * 12)]
+    rng = np.random.default_rng(0)
+    files = {
+        "movies": [{"title": title, "year": None, "genres": ["Drama"]} for title in titles],
+        "users": [{"user": f"u{i}", "age": 30, "sex": "F", "occupation": "artist"} for i in range(20)],
+        "ratings": [
+            {"user": f"u{i}", "movie": title, "rating": int(rng.integers(1, 6))} for i in range(20) for title in titles
+        ],
+    }
+    folder = tmp_path / "data" / "movielens"
+    folder.mkdir(parents=True)
+    for name, records in files.items():
+        with gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(record) + "\n" for record in records)
+    monkeypatch.setenv("PREFMIX_DATA", str(tmp_path / "data"))
+
+
 @pytest.fixture
 def command(make_tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> list[str]:
     make_tiny_model().save_pretrained(tmp_path / "base")
     tiny_tokenizer.save_pretrained(tmp_path / "base")
     return (
-        f"--model {tmp_path / 'base'} --max-words 25 --max-sides 4 --pairs-per-side 2 "
+        f"--model {tmp_path / 'base'} --training-pairs 8 --more-pairs 16 --max-held-out 20 "
         f"--work-dir {tmp_path / 'work'} --output {tmp_path / 'results.json'}"
     ).split()
 
@@ -47,7 +68,7 @@ def test_recipe_trains_all_kinds_and_goes_on_where_it_stopped(
     assert set(results["chosen"]) == {HEAD, BLOCKS, TRL}
     assert results["chosen"][TRL] == results["chosen"][BLOCKS]
     printed = capsys.readouterr().out
-    assert all(name in printed for name in (HEAD, BLOCKS, TRL, "reference", "most judges"))
+    assert all(name in printed for name in (HEAD, BLOCKS, TRL, "reference", "the older film"))
     written = (tmp_path / "results.json").read_text(encoding="utf-8")
     assert str(tmp_path) not in written
     record = results["runs"][f"{TRL}, rate {results['chosen'][TRL]:g}, seed 0"]
@@ -59,48 +80,50 @@ def test_recipe_trains_all_kinds_and_goes_on_where_it_stopped(
     run.main([*command, "--arms", HEAD, BLOCKS, TRL])  # all is there: nothing is trained again
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == json.loads(written)
     with pytest.raises(ValueError, match="other settings"):
-        run.main([*command, "--pairs-per-side", "3"])
+        run.main([*command, "--training-pairs", "7"])
 
 
-def test_held_out_arguments_are_in_no_other_part(recipe: Callable[[str], ModuleType], tiny_tokenizer: Any) -> None:
-    debates = recipe("debates").load_debates(
-        tiny_tokenizer, max_words=25, pairs_per_side=3, min_agreement=0.75, max_sides=5, seed=1
-    )
-    training = {row[name] for row in debates.many for name in ("chosen", "rejected")}
-    held = [_arguments(pairs) for pairs in (debates.validation, debates.test)]
-    decode = tiny_tokenizer.decode
-    training_texts = {decode(tiny_tokenizer(text).input_ids) for text in training}
-    assert training and all(held)
-    assert not training_texts & {decode(ids) for ids in held[0] | held[1]}
-    assert not held[0] & held[1]
-    assert all(row in debates.many for row in debates.few)
+def test_held_out_films_are_in_no_other_part(recipe: Callable[[str], ModuleType], tiny_tokenizer: Any) -> None:
+    found = recipe("films").load_films(tiny_tokenizer, training_pairs=20, more_pairs=60, max_held_out=None, seed=1)
+    parts = [found.many, found.validation.rows, found.test.rows]
+    films = [{row[name] for row in rows for name in ("chosen", "rejected")} for rows in parts]
+    assert all(films)
+    assert not films[0] & films[1] and not films[0] & films[2] and not films[1] & films[2]
+    assert found.few == found.many[:20]
+    rows = found.test.rows
+    assert len(rows) == len(found.test.films)
+    order = sorted(films[2])
+    assert [order[i] for i in found.test.films[:, 1]] == [row["rejected"] for row in rows]
 
 
-def _arguments(pairs: Any) -> set[tuple[int, ...]]:
-    """Completions without their end-of-sequence token."""
-    return {tuple(ids[:-1]) for ids in pairs.table.texts.completion_ids}
+def test_interval_is_wide_where_one_film_decides_and_narrow_where_no_film_matters(
+    recipe: Callable[[str], ModuleType],
+) -> None:
+    over_films, rng = recipe("tables").over_films, np.random.default_rng(0)
+    films = np.array([[a, b] for a in range(30) for b in range(30) if a < b])
+    of_film, of_pair = rng.normal(size=30), rng.normal(size=len(films))
+    by_film = over_films(of_film[films].sum(axis=1), films)
+    by_pair = over_films(of_pair, films)
+    assert by_film.mean == pytest.approx(of_film[films].sum(axis=1).mean())
+    # Var of the mean of f_a + f_b over all pairs is 4 Var f / n; of independent values 1 / pairs.
+    assert by_film.se == pytest.approx(2 * of_film.std() / 30**0.5, rel=0.25)
+    assert by_pair.se == pytest.approx(len(films) ** -0.5, rel=0.25)
+    both = of_film[films].sum(axis=1) + of_pair
+    error = both - both.mean()
+    shared = sum(error[i] * error[j] for i in range(435) for j in range(435) if set(films[i]) & set(films[j]))
+    assert over_films(both, films).se ** 2 == pytest.approx(shared / 435**2)
+    assert over_films(np.ones(len(films)), films).se == pytest.approx(0, abs=1e-12)
 
 
-def test_votes_are_counted_whichever_argument_was_named_first(recipe: Callable[[str], ModuleType]) -> None:
-    def row(chosen: str, rejected: str, tie: bool = False) -> dict[str, Any]:
-        return {"prompt": "p", "chosen": chosen, "rejected": rejected, "tie": tie, "metadata": {"topic": "t"}}
-
-    (pair,) = recipe("debates").judged_pairs([row("b", "a"), row("a", "b"), row("b", "a"), row("a", "b", tie=True)])
-    assert pair.texts == ("b", "a") and pair.votes == (2, 1)
-    assert pair.agreement == pytest.approx(2 / 3)
-
-
-def test_every_vote_is_one_judgement(recipe: Callable[[str], ModuleType]) -> None:
-    debates, tables = recipe("debates"), recipe("tables")
-    pairs = debates.Pairs(table=None, votes=np.array([[3, 1], [2, 0]]), topic=np.array([4, 7]))
-    found = tables.judgements(np.array([1.0, -2.0]), pairs)
-    np.testing.assert_array_equal(found.hits, [1, 1, 1, 0, 0, 0])
-    np.testing.assert_array_equal(found.side, [4, 4, 4, 4, 7, 7])
-    np.testing.assert_allclose(found.losses, np.log1p(np.exp([-1.0, -1.0, -1.0, 1.0, 2.0, 2.0])))
-    assert tables.judge(np.zeros(2), pairs) == pytest.approx((0.5, np.log(2)))
+def test_loss_of_a_pair_is_the_logistic_of_its_margin(recipe: Callable[[str], ModuleType]) -> None:
+    tables = recipe("tables")
+    found = tables.scores(np.array([1.0, -2.0, 0.0]))
+    np.testing.assert_array_equal(found.hits, [1, 0, 0.5])
+    np.testing.assert_allclose(found.losses, np.log1p(np.exp([-1.0, 2.0, 0.0])))
+    assert tables.judge(np.zeros(2)) == pytest.approx((0.5, np.log(2)))
 
 
-@pytest.mark.parametrize(("best", "tried"), [(3e-3, {1e-3, 3e-3, 1e-2}), (1e-1, {1e-3, 3e-3, 1e-2, 3e-2, 9e-2})])
+@pytest.mark.parametrize(("best", "tried"), [(1e-3, {3e-4, 1e-3, 3e-3}), (1e-1, {3e-4, 1e-3, 3e-3, 9e-3})])
 def test_rate_at_the_edge_of_the_grid_asks_for_further_ones(
     recipe: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, best: float, tried: set[float]
 ) -> None:
