@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from prefmix.evaluation.evaluator import evaluate
 from prefmix.mixture.gates import Gate, GateInputs
 from prefmix.training.result import training_log_lik
 from prefmix.training.trainer import MixtureTrainer
@@ -50,6 +51,18 @@ def test_somebody_who_brings_a_known_user_s_comparisons_gets_that_user_s_weights
     policy.adapt("twin", [row for row in rows if row["user"] == "user3"])
     assert policy.weights(user="twin").tolist() == pytest.approx(known.tolist(), abs=1e-4)
     assert abs(known - policy.weights()).max() > 0.02, "the user's rows say something"
+
+
+def test_figures_during_training_are_those_of_the_policy(make_trainer: Make, make_rows: Any) -> None:
+    held_out = make_rows(8, 3, seed=1)
+    trainer = make_trainer(eval_data=held_out, **OPTIONS)
+    trainer.train()
+    report = evaluate(trainer.policy, held_out)
+    metrics = trainer.evaluate()
+    assert report.personalised is not None
+    assert metrics["eval_loss"] == pytest.approx(report.personalised.log_loss.mean, abs=1e-5)
+    assert metrics["eval_population_loss"] == pytest.approx(report.population.log_loss.mean, abs=1e-5)
+    assert abs(metrics["eval_loss"] - metrics["eval_population_loss"]) > 0.01
 
 
 def test_a_gate_without_rows_of_users_is_the_one_that_trained(make_trainer: Make) -> None:

@@ -6,16 +6,13 @@ import time
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor
 from transformers import EvalPrediction
 
 from prefmix.evaluation.metrics import accuracy, log_loss
 from prefmix.evaluation.scoring import Predictions, predict, score_rows
 from prefmix.evaluation.weights import known_user_log_weights
-from prefmix.mixture.gates import GateInputs
-from prefmix.policy.mixture_model import MixtureModel
+from prefmix.training.population_gate import unknown_user_log_weights
+from prefmix.training.result import gate_with_user_weights, training_log_lik
 from prefmix.training.setup import Comparisons
 
 if TYPE_CHECKING:
@@ -25,8 +22,9 @@ if TYPE_CHECKING:
 def held_out_metrics(trainer: MixtureTrainer, comparisons: Comparisons, prefix: str) -> dict[str, float]:
     """Figures of one held-out set, weighted by row.
 
-    `loss` and `accuracy` use what a policy would use: the posterior from the training rows for a known user, the gate
-    for everybody else. `population_loss` and `population_accuracy` use the gate alone. A coin has loss log 2 = 0.693.
+    `loss` and `accuracy` use what a policy would use: the posterior from the training rows for a known user (where the
+    gate has a row for each user, one more pass over the training rows), the gate for everybody else. `population_loss`
+    and `population_accuracy` use the gate alone. A coin has loss log 2 = 0.693.
 
     Args:
         trainer: its experts, gate and running evidence as they stand.
@@ -44,7 +42,8 @@ def held_out_metrics(trainer: MixtureTrainer, comparisons: Comparisons, prefix: 
     )
     population = unknown_user_log_weights(mixture, comparisons)
     users = trainer.running_user_state()
-    personal = known_user_log_weights(mixture.gate, trainer.latent, users, population, table.user)
+    gate = gate_with_user_weights(trainer, training_log_lik(trainer)) if "user" in mixture.gate.terms else mixture.gate
+    personal = known_user_log_weights(gate, trainer.latent, users, population, table.user)
     with_user, without_user = predict(personal, scores), predict(population, scores)
     metrics = _figures(with_user, table.weight, "") | _figures(without_user, table.weight, "population_")
     metrics["rewards/accuracies"] = metrics["accuracy"]  # TRL's name of it
@@ -54,20 +53,6 @@ def held_out_metrics(trainer: MixtureTrainer, comparisons: Comparisons, prefix: 
     seconds = time.perf_counter() - start
     metrics |= {"runtime": seconds, "samples_per_second": len(table) / seconds}
     return {name if name.startswith(prefix) else f"{prefix}_{name}": value for name, value in metrics.items()}
-
-
-@torch.no_grad()
-def unknown_user_log_weights(mixture: MixtureModel, comparisons: Comparisons) -> Float[Tensor, "B K"]:
-    """[B, K] the gate of each row without its user, on the CPU."""
-    table = comparisons.table
-    device = mixture.gate.population_log_weights().device
-    prompt_states = comparisons.prompt_states
-    inputs = GateInputs(
-        user=torch.full((len(table),), -1, device=device),
-        prompt_states=None if prompt_states is None else prompt_states[torch.from_numpy(table.prompt)].to(device),
-        metadata=None if comparisons.metadata is None else comparisons.metadata.to(device),
-    )
-    return mixture.gate(inputs).cpu()
 
 
 def _figures(predictions: Predictions, weight: np.ndarray, prefix: str) -> dict[str, float]:

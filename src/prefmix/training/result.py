@@ -28,7 +28,7 @@ from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.policy.personalization import map_offsets_of_users
 from prefmix.policy.user_state import UserState
 from prefmix.training.config import MixtureConfig
-from prefmix.training.held_out import unknown_user_log_weights
+from prefmix.training.population_gate import unknown_user_log_weights
 from prefmix.training.setup import expert_description, tokenizer_of
 
 if TYPE_CHECKING:
