@@ -132,7 +132,7 @@ def standard_draws(num_samples: int, dim: int, seed: int = 0) -> Float[Tensor, "
 
 
 def sample_z(q: GaussianQ, noise: Float[Tensor, "S #G d"]) -> Float[Tensor, "S G d"]:
-    """Draws z = mean + std * noise, differentiable in q (reparameterisation). Noise [S, 1, d] is shared by all users."""
+    """Draws z = mean + std * noise, differentiable in q (reparameterisation); noise [S, 1, d] serves all users."""
     return q.mean + q.log_std.exp() * noise
 
 
