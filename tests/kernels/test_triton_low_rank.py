@@ -153,6 +153,23 @@ def test_gradients_that_nobody_asks_for_are_not_computed(make_problem):
     torch.testing.assert_close(found.double().cpu(), expected)
 
 
+@needs_kernels
+def test_kernels_are_trusted_where_they_agree_with_torch(monkeypatch):
+    from prefmix.kernels import triton_low_rank
+
+    device = torch.device(DEVICE)
+    assert triton_low_rank.why_not(device) is None
+    monkeypatch.setattr(triton_low_rank, "LN2", 0.6)
+    assert "differ from torch" in triton_low_rank.why_not.__wrapped__(device)
+
+
+@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the kernels run here")
+def test_kernels_that_do_not_run_are_named():
+    from prefmix.kernels.triton_low_rank import why_not
+
+    assert "do not run here" in why_not(torch.device("cpu"))
+
+
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the kernels themselves run in this process")
 @pytest.mark.slow
 def test_kernels_under_the_interpreter():

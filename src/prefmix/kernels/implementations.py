@@ -91,7 +91,12 @@ def automatic(demand: Demand) -> str:
     compiled = unsuitable(demand) is None and named in ("auto", "compiled") and why_not() is None
     if named not in ("auto", "compiled"):
         return named
-    if named == "auto" and demand.device.type == "cuda" and demand.dtype == torch.float32 and _has_triton():
+    if (
+        named == "auto"
+        and demand.device.type == "cuda"
+        and demand.dtype == torch.float32
+        and _triton_agrees(demand.device)
+    ):
         return "triton"
     return "compiled" if compiled else "chunked"
 
@@ -107,6 +112,19 @@ def _has_triton() -> bool:
     found = found and importlib.util.find_spec("prefmix.kernels.triton_low_rank") is not None
     logger.debug("low-rank heads on CUDA: %s", "triton" if found else "chunked")
     return found
+
+
+@functools.cache
+def _triton_agrees(device: torch.device) -> bool:
+    """Whether Triton is there and gives torch's numbers on this device; otherwise says so once."""
+    if not _has_triton():
+        return False
+    from prefmix.kernels.triton_low_rank import why_not
+
+    reason = why_not(device)
+    if reason is not None:
+        logger.warning("%s; low-rank heads run in torch (impl='chunked')", reason)
+    return reason is None
 
 
 def _triton() -> TokenFunction:

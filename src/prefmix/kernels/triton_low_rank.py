@@ -14,6 +14,7 @@ r rank.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -86,6 +87,41 @@ def low_rank_token_log_probs(
     cuts = _Cuts(chunk or DEFAULT_CHUNK, blocks or default_blocks(low.shape[2]))
     problem = Problem(hidden.detach().to(base_weight.dtype), low, up, base_weight, bias, targets)
     return _TritonHead.apply(hidden, *problem, cuts)
+
+
+@functools.cache
+def why_not(device: torch.device) -> str | None:
+    """Why the kernels are not to be trusted on this device, or None: they must agree with torch on a small problem.
+
+    Runs once a process and device. Compilers, drivers and cards differ, and a wrong gradient says nothing of itself.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"hidden": (35, 24), "low": (2, 35, 5), "up": (2, 90, 5), "weight": (90, 24), "grad": (35, 2)}
+    drawn = {name: torch.randn(shape, generator=generator).to(device) for name, shape in shapes.items()}
+    targets = torch.randint(90, (35,), generator=generator).to(device)
+
+    def values(function: Callable[..., Any]) -> list[Tensor]:
+        leaves = [drawn[name].clone().requires_grad_() for name in ("hidden", "low", "up")]
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            experts, base = function(*leaves, drawn["weight"], None, targets)
+            return [experts.detach(), base, *torch.autograd.grad((experts * drawn["grad"]).sum(), leaves)]
+
+    try:
+        found = values(low_rank_token_log_probs)
+    except Exception as error:  # whatever compiler, driver or card object to, torch can do it
+        return f"the Triton kernels do not run here ({type(error).__name__}: {str(error).strip()[:200]})"
+    pairs = zip(found, values(_materialised), strict=True)
+    worst = max(float((mine - theirs).norm() / theirs.norm()) for mine, theirs in pairs)
+    return None if worst < 1e-2 else f"the Triton kernels differ from torch here (relative difference {worst:.1e})"
+
+
+def _materialised(
+    hidden: Tensor, low: Tensor, up: Tensor, base_weight: Tensor, bias: None, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    base = hidden @ base_weight.T
+    index = targets[:, None]
+    experts = (base + low @ up.transpose(1, 2)).log_softmax(-1).gather(-1, index.expand(len(low), -1, -1))
+    return experts[..., 0].T, base.detach().log_softmax(-1).gather(-1, index)[:, 0]
 
 
 class _Cuts(NamedTuple):
