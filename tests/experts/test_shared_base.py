@@ -211,3 +211,19 @@ def test_a_model_with_another_way_to_its_logits_is_refused(tiny_model):
     tiny_model.__class__ = Louder
     with pytest.raises(ValueError, match="logits are not its output head"):
         SharedBaseExperts(tiny_model, 2)
+
+
+@pytest.mark.parametrize("head", ["hidden", "logit"])
+def test_every_implementation_gives_the_same_heads(tiny_model, make_texts, monkeypatch, head):
+    """Values and gradients of what trains, by the kernel that the environment names."""
+    texts, found = pad_texts(make_texts(), range(5)), {}
+    experts = moved(SharedBaseExperts(tiny_model, 3, head=head, rank=4))
+    for name in ("eager", "chunked", "auto"):
+        monkeypatch.setenv("PREFMIX_KERNEL", name)
+        experts.zero_grad()
+        log_probs = experts(texts).log_probs
+        (log_probs * torch.arange(log_probs.numel()).view_as(log_probs).sin()).sum().backward()
+        found[name] = [log_probs.detach(), *(p.grad.clone() for p in experts.head.parameters())]
+    for name in ("chunked", "auto"):
+        for one, other in zip(found[name], found["eager"], strict=True):
+            assert float((one - other).norm() / other.norm()) < 1e-5, name
