@@ -19,13 +19,13 @@ from prefmix.experts.trunk_files import map_hidden
 def trunk_calls(monkeypatch) -> list[int]:
     """One entry for every call of the trunk by the cache."""
     calls: list[int] = []
-    original = text_pass.trunk_states
+    original = text_pass.padded_states
 
-    def counting(model, input_ids, attention_mask):
-        calls.append(len(input_ids))
-        return original(model, input_ids, attention_mask)
+    def counting(model, reading):
+        calls.append(reading.num_texts)
+        return original(model, reading)
 
-    monkeypatch.setattr(text_pass, "trunk_states", counting)
+    monkeypatch.setattr(text_pass, "padded_states", counting)
     return calls
 
 

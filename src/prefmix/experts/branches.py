@@ -32,7 +32,7 @@ from prefmix.experts.interface import (
 )
 from prefmix.experts.lora import LoraBank, LoraMatrices
 from prefmix.experts.output_head import OutputHead, find_output_head
-from prefmix.experts.reading import Reading, padded_reading, run_reading
+from prefmix.experts.reading import Reading, run_reading
 from prefmix.experts.text_reader import TextReader
 from prefmix.experts.trained_trunk import TRUNKS
 from prefmix.experts.trunk import freeze
@@ -130,7 +130,7 @@ class BranchedExperts(AbstractSharedBaseExperts):
             texts: right-padded token ids; packed final states say nothing about the blocks below.
         """
         assert isinstance(texts, PaddedTexts), "experts with branches or a trained trunk read token ids"
-        reading = self._read(texts)
+        reading = self._reader.read(texts, self.prefix_sharing)
         point = self._branch_point(reading)
         # A cheap M-step looks without gradient and comes back at once for the same texts (`for_learners`).
         looks = not torch.is_grad_enabled() and self.training and not self.trunk.trains
@@ -145,16 +145,13 @@ class BranchedExperts(AbstractSharedBaseExperts):
         assert isinstance(texts, PaddedTexts), "experts with branches or a trained trunk read token ids"
         looked, self._looked = self._looked, None
         if looked is None or looked.input_ids is not texts.input_ids:
-            reading = self._read(texts)
+            reading = self._reader.read(texts, self.prefix_sharing)
             looked = _Look(texts.input_ids, reading, self._branch_point(reading) if self.branches is not None else None)
         if self.branches is None:
             log_probs = self._shared_log_probs(looked.reading)
         else:
             log_probs = self._branch_log_probs(looked.reading, looked.point, learners)
         return ExpertLogProbs(log_probs, torch.zeros_like(log_probs))
-
-    def _read(self, texts: PaddedTexts) -> Reading:
-        return self._reader.read(texts) if self.prefix_sharing else padded_reading(texts)
 
     def _branch_point(self, reading: Reading) -> BranchPoint | None:
         """One pass of the trunk; None where no block stands above a trunk (n = 0 and n = all)."""

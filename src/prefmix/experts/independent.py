@@ -23,7 +23,6 @@ from prefmix.experts.interface import (
     PackedStates,
     PaddedTexts,
 )
-from prefmix.experts.reading import padded_reading
 from prefmix.experts.text_reader import TextReader
 from prefmix.experts.whole_model import check_whole_model, next_token_logits, text_log_probs_of
 
@@ -186,7 +185,7 @@ class IndependentExperts(AbstractExperts):
     def _log_probs(self, model: PreTrainedModel, reader: TextReader, texts: PaddedTexts) -> Float[Tensor, "N"]:
         home, device = texts.input_ids.device, model.get_output_embeddings().weight.device
         there = PaddedTexts(*(field.to(device) for field in texts))
-        reading = reader.read(there) if self.prefix_sharing else padded_reading(there)
+        reading = reader.read(there, self.prefix_sharing)
         with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
             return text_log_probs_of(model, reading).to(home)
 

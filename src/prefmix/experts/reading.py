@@ -44,7 +44,8 @@ class Reading(NamedTuple):
         input_ids: [R, M].
         attention_mask: [R, M] 1 on tokens.
         position_ids: [R, M] place of each token in its texts; None: what the mask says.
-        before: [T] place (row times M plus column) of the token before each completion token.
+        places: [N, L] place (row times M plus column) of every token of the texts; anything in the padding.
+        before: [T] place of the token before each completion token.
         targets: [T] the completion tokens.
         segments: [T] the text of each, non-decreasing.
         num_texts: N.
@@ -55,6 +56,7 @@ class Reading(NamedTuple):
     input_ids: Int[Tensor, "R M"]
     attention_mask: Int[Tensor, "R M"]
     position_ids: Int[Tensor, "R M"] | None
+    places: Int[Tensor, "N L"]
     before: Int[Tensor, "T"]
     targets: Int[Tensor, "T"]
     segments: Int[Tensor, "T"]
@@ -83,18 +85,21 @@ class Reading(NamedTuple):
             part = common._replace(
                 input_ids=self.input_ids[texts],
                 attention_mask=self.attention_mask[texts],
+                places=self.places[: len(texts)],
                 before=common.segments * length + self.before[scored] % length,
             )
             return part, Kept(0, self.num_texts, texts)
         readers = self.readers[:, texts.cpu().numpy()]
-        chosen = readers.any(1)
+        chosen: np.ndarray = np.any(readers, axis=1)
         kept = np.flatnonzero(chosen.repeat([span.length for span in self.spans]))
         tokens = torch.from_numpy(kept).to(texts.device)
+        numbers = _numbers(tokens, length)
         part = common._replace(
             input_ids=self.input_ids[:, tokens],
             attention_mask=self.attention_mask[:, tokens],
             position_ids=self.position_ids[:, tokens],
-            before=_numbers(tokens, length)[self.before[scored]],
+            places=numbers[self.places[texts]],
+            before=numbers[self.before[scored]],
             spans=_renumbered(self.spans, chosen),
             readers=readers[chosen],
         )
@@ -104,9 +109,9 @@ class Reading(NamedTuple):
 def padded_reading(texts: PaddedTexts) -> Reading:
     """A right-padded row for each text."""
     text, position = completion_places(texts)
-    before = text * texts.input_ids.shape[1] + position
-    targets = texts.input_ids[text, position + 1]
-    return Reading(texts.input_ids, texts.attention_mask, None, before, targets, text, len(texts.input_ids))
+    places = torch.arange(texts.input_ids.numel(), device=text.device).view_as(texts.input_ids)
+    scores = (places[text, position], texts.input_ids[text, position + 1], text, len(texts.input_ids))
+    return Reading(texts.input_ids, texts.attention_mask, None, places, *scores)
 
 
 def flat_reading(texts: PaddedTexts, shortest: int = SHORTEST_PREFIX) -> Reading:
@@ -123,21 +128,33 @@ def flat_reading(texts: PaddedTexts, shortest: int = SHORTEST_PREFIX) -> Reading
     arrays = (
         np.concatenate([ids[span.texts[0], span.start : span.stop] for span in tree])[None],
         np.concatenate([np.arange(span.start, span.stop) for span in tree])[None],
+        place,
         place[text, position],
         ids[text, position + 1],
         text,
     )
-    row, positions, before, targets, segments = (torch.from_numpy(array).to(texts.input_ids.device) for array in arrays)
+    row, positions, places, *scores = (torch.from_numpy(array).to(texts.input_ids.device) for array in arrays)
     spans = tuple(FlatSpan(span.stop - span.start, span.parents) for span in tree)
-    scores = (before, targets, segments, len(ids))
-    return Reading(row, torch.ones_like(row), positions, *scores, spans, readers)
+    before, targets, segments = scores
+    rest = (places, before, targets, segments, len(ids), spans, readers)
+    return Reading(row, torch.ones_like(row), positions, *rest)
 
 
 def run_reading(model: PreTrainedModel, reading: Reading) -> PackedStates:
     """Final-norm states before every completion token, with a gradient to whatever trains in the model."""
+    return reading.completions(_run(model, reading))
+
+
+@torch.no_grad()
+def padded_states(model: PreTrainedModel, reading: Reading) -> Float[Tensor, "N L D"]:
+    """Final-norm states of every text in a row of its own, anything in the padding."""
+    return _run(model, reading).flatten(0, 1)[reading.places]
+
+
+def _run(model: PreTrainedModel, reading: Reading) -> Float[Tensor, "R M D"]:
     with flat_attention(model, reading.spans):
         output = run_trunk(model, reading.input_ids, reading.attention_mask, **reading.options)
-    return reading.completions(output.last_hidden_state)
+    return output.last_hidden_state  # type: ignore[no-any-return]
 
 
 def _renumbered(spans: Sequence[FlatSpan], chosen: Bool[np.ndarray, "S"]) -> tuple[FlatSpan, ...]:

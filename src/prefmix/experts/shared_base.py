@@ -19,7 +19,9 @@ from prefmix.experts.head_decoder import HeadDecoder
 from prefmix.experts.heads import HEADS
 from prefmix.experts.interface import AbstractSharedBaseExperts, ExpertLogProbs, PackedStates, PaddedTexts
 from prefmix.experts.output_head import OutputHead, find_output_head
-from prefmix.experts.trunk import freeze, pack_completions, trunk_states
+from prefmix.experts.reading import run_reading
+from prefmix.experts.text_reader import TextReader
+from prefmix.experts.trunk import freeze
 
 
 class SharedBaseExperts(AbstractSharedBaseExperts):
@@ -62,6 +64,7 @@ class SharedBaseExperts(AbstractSharedBaseExperts):
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         self.num_experts, self.head_kind, self.rank = num_experts, head, rank
         self.base_model = freeze(base_model)
+        self._reader = TextReader(base_model)
         self.head = HEADS[head](output, num_experts, rank, generator)
 
     @property
@@ -80,9 +83,10 @@ class SharedBaseExperts(AbstractSharedBaseExperts):
         self.base_model.eval()
         return self
 
+    @torch.no_grad()
     def trunk_states(self, texts: PaddedTexts) -> PackedStates:
         """Frozen states at the positions that predict completion tokens; no gradient."""
-        return pack_completions(trunk_states(self.base_model, texts.input_ids, texts.attention_mask), texts)
+        return run_reading(self.base_model, self._reader.read(texts, self.prefix_sharing))
 
     def forward(self, texts: PackedStates | PaddedTexts) -> ExpertLogProbs:
         """Log-probabilities of every text under every expert and the reference, float32, in nats.

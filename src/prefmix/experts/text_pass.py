@@ -1,4 +1,4 @@
-"""One reading of many texts by a frozen trunk, in batches of like length.
+"""One reading of many texts by a frozen trunk, in batches.
 
 Legend: N texts, P prompts, n texts of a batch, L its longest text, T its completion tokens, D hidden.
 """
@@ -16,8 +16,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from prefmix.data.comparisons import TextTable
+from prefmix.data.text_table import common_prefix_length
 from prefmix.experts.interface import PackedStates, PaddedTexts
-from prefmix.experts.shared_prompt import PromptStates, read_shared_prompt, shared_prompt_batches
+from prefmix.experts.reading import padded_states
+from prefmix.experts.text_reader import TextReader
 from prefmix.experts.trunk import pack_completions, trunk_states
 
 # A CPU is as fast per token with 256 tokens as with 2,048 (measured), and small batches pad less.
@@ -66,29 +68,23 @@ def read_texts(
     tokens_per_batch: int | None,
     progress: bool,
 ) -> Iterator[TextBatch]:
-    """Runs the trunk over some texts once, prompts that many of them share once for all.
+    """Runs the trunk over some texts once, what many of them begin with once for all (`reading`).
 
     Args:
         model: a frozen causal language model, on any device.
         texts: N texts.
         text_ids: [M] which of them to read, each once.
-        tokens_per_batch: padded tokens in a batch, at least one text; by default what suits the device.
+        tokens_per_batch: tokens in a batch, at least one text; by default what suits the device.
         progress: whether a bar counts tokens on stderr.
     """
     lengths = np.array([len(p) + len(c) for p, c in zip(texts.prompt_ids, texts.completion_ids, strict=True)])
     device = model.get_output_embeddings().weight.device
     tokens_per_batch = tokens_per_batch or _TOKENS_PER_BATCH.get(device.type, 16384)
-    shared, rest = shared_prompt_batches(texts, text_ids, tokens_per_batch)
+    reader = TextReader(model)
+    batches = _neighbours(texts, text_ids, tokens_per_batch) if reader.shares else None
     with tqdm(total=int(lengths[text_ids].sum()), unit="tok", desc="reading texts", disable=not progress) as bar:
-        for batch in shared:
-            states = read_shared_prompt(model, texts, batch, device)
-            if states is None:
-                rest = np.union1d(rest, batch)
-                continue
-            yield _of_shared_prompt(batch, states)
-            bar.update(int(lengths[batch].sum()))
-        for batch in _batches(lengths, rest, tokens_per_batch):
-            yield _read_batch(model, texts, batch, device)
+        for batch in batches or _batches(lengths, text_ids, tokens_per_batch):
+            yield _read_batch(model, reader, texts, batch, device)
             bar.update(int(lengths[batch].sum()))
 
 
@@ -115,9 +111,28 @@ def _batches(
         start += size
 
 
-def _read_batch(model: PreTrainedModel, texts: TextTable, text_ids: np.ndarray, device: torch.device) -> TextBatch:
+def _neighbours(texts: TextTable, text_ids: Int[np.ndarray, "M"], tokens_per_batch: int) -> Iterator[np.ndarray]:
+    """Batches of texts that begin alike; a token counts once for neighbours that share it."""
+    batch: list[int] = []
+    last: list[int] = []
+    tokens = 0
+    for text in sorted(text_ids.tolist(), key=lambda text: (texts.prompt_ids[text], texts.completion_ids[text])):
+        row = [*texts.prompt_ids[text], *texts.completion_ids[text]]
+        new = len(row) - common_prefix_length(last, row)
+        if batch and tokens + new > tokens_per_batch:
+            yield np.array(batch, dtype=np.int64)
+            batch, tokens, new = [], 0, len(row)
+        batch.append(text)
+        tokens, last = tokens + new, row
+    if batch:
+        yield np.array(batch, dtype=np.int64)
+
+
+def _read_batch(
+    model: PreTrainedModel, reader: TextReader, texts: TextTable, text_ids: np.ndarray, device: torch.device
+) -> TextBatch:
     padded = PaddedTexts(*(field.to(device) for field in pad_texts(texts, text_ids)))
-    states = trunk_states(model, padded.input_ids, padded.attention_mask)
+    states = padded_states(model, reader.read(padded))
     packed = pack_completions(states, padded)
     return TextBatch(
         text_ids=text_ids,
@@ -125,18 +140,6 @@ def _read_batch(model: PreTrainedModel, texts: TextTable, text_ids: np.ndarray, 
         completion_mean=_masked_mean(states, padded.completion_mask).cpu(),
         prompt_mean=_masked_mean(states, padded.attention_mask - padded.completion_mask).cpu(),
     )
-
-
-def _of_shared_prompt(text_ids: np.ndarray, states: PromptStates) -> TextBatch:
-    text, position = states.mask.nonzero(as_tuple=True)
-    packed = PackedStates(
-        states.before[text, position].cpu(),
-        states.completion_ids[text, position].cpu(),
-        text.cpu(),
-        len(text_ids),
-    )
-    prompt_mean = states.prompt_mean.cpu().expand(len(text_ids), -1)
-    return TextBatch(text_ids, packed, _masked_mean(states.at, states.mask).cpu(), prompt_mean)
 
 
 def pad_texts(texts: TextTable, text_ids: np.ndarray) -> PaddedTexts:

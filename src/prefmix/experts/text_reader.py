@@ -25,10 +25,10 @@ class TextReader:
         self._longest = longest_text(model)
         self.shares = _same_states(model, self._longest)
 
-    def read(self, texts: PaddedTexts) -> Reading:
+    def read(self, texts: PaddedTexts, prefix_sharing: bool = True) -> Reading:
         """One row for all, or a row each where texts are longer than the model's attention reaches back."""
         short = self._longest is None or texts.input_ids.shape[1] <= self._longest
-        return flat_reading(texts) if self.shares and short else padded_reading(texts)
+        return flat_reading(texts) if prefix_sharing and self.shares and short else padded_reading(texts)
 
 
 @torch.no_grad()

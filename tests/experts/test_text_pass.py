@@ -1,4 +1,4 @@
-"""A prompt that many texts share is read once, and nothing else changes."""
+"""What texts begin with alike is read once, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from prefmix.data.comparisons import TextTable
-from prefmix.experts import shared_prompt, text_pass
-from prefmix.experts.shared_prompt import SHORTEST_PROMPT, shared_prompt_batches
+from prefmix.data.prefixes import SHORTEST_PREFIX
+from prefmix.experts import reading, text_pass
 from prefmix.experts.trunk_cache import build_trunk_states
 
-LONG = list(range(5, 5 + SHORTEST_PROMPT))
-OTHER = list(range(9, 9 + SHORTEST_PROMPT + 3))
+LONG = list(range(5, 5 + SHORTEST_PREFIX))
+OTHER = list(range(9, 9 + SHORTEST_PREFIX + 3))
 SHORT = [7, 8]
 
 
@@ -24,16 +24,17 @@ def texts() -> TextTable:
     return TextTable([prompts[p] for p, _ in rows], [c for _, c in rows], np.array([p for p, _ in rows]), prompts)
 
 
-def test_only_long_prompts_of_several_texts_are_shared(texts):
-    batches, rest = shared_prompt_batches(texts, np.arange(6), tokens_per_batch=1000)
-    assert [sorted(batch) for batch in batches] == [[0, 1, 2]]
-    assert rest.tolist() == [3, 4, 5]
+def batches(texts, size):
+    ids = np.array([5, 0, 4, 1, 3, 2])
+    return [batch.tolist() for batch in text_pass._neighbours(texts, ids, size)]
 
 
-def test_batches_keep_to_their_size_and_hold_every_text_once(texts):
-    batches, rest = shared_prompt_batches(texts, np.arange(6), tokens_per_batch=2 * SHORTEST_PROMPT + 6)
-    assert [len(batch) for batch in batches] == [2, 1]
-    assert sorted(np.concatenate([*batches, rest])) == list(range(6))
+def test_neighbours_begin_alike_and_batches_keep_to_their_size(texts):
+    assert batches(texts, 1000) == [[0, 1, 2, 4, 5, 3]]
+    # 12 + 1, 3, 2, then [7 8 40], 2 more, and 15 + 2.
+    assert batches(texts, 18) == [[0, 1, 2], [4, 5], [3]]
+    assert batches(texts, 17) == [[0, 1], [2, 4], [5], [3]]
+    assert batches(texts, 1) == [[0], [1], [2], [4], [5], [3]]
 
 
 def test_states_equal_those_of_whole_texts(base, texts):
@@ -51,19 +52,23 @@ def test_states_equal_those_of_whole_texts(base, texts):
 
 def test_the_prompt_is_read_once(base, texts, monkeypatch):
     read: list[int] = []
-    original = shared_prompt.run_trunk
+    original = reading.run_trunk
 
     def counting(model, input_ids, attention_mask, **options):
         read.append(input_ids.numel())
         return original(model, input_ids, attention_mask, **options)
 
-    monkeypatch.setattr(shared_prompt, "run_trunk", counting)
+    reader = text_pass.TextReader(base.model)
+    monkeypatch.setattr(text_pass, "TextReader", lambda model: reader)
+    monkeypatch.setattr(reading, "run_trunk", counting)
     build_trunk_states(base, texts, mode="memory", progress=False)
-    assert read == [len(LONG), 3 * 3]
+    assert read == [len(LONG) + 1 + 3 + 2 + len(OTHER) + 2 + 3 + 4]  # short prompts with each of their texts
 
 
-def test_a_model_without_keys_and_values_reads_whole_texts(base, texts, monkeypatch):
+def test_a_model_that_cannot_share_reads_padded_texts(base, texts, monkeypatch):
     expected = build_trunk_states(base, texts, mode="memory", progress=False)
-    monkeypatch.setattr(text_pass, "read_shared_prompt", lambda *_: None)
+    reader = text_pass.TextReader(base.model)
+    reader.shares = False
+    monkeypatch.setattr(text_pass, "TextReader", lambda model: reader)
     found = build_trunk_states(base, texts, mode="memory", progress=False)
     torch.testing.assert_close(found.completion_mean, expected.completion_mean, rtol=1e-5, atol=1e-5)
