@@ -59,7 +59,8 @@ def test_log_prob_is_the_mixture_over_whole_responses(make_policy):
         expected = torch.logsumexp(policy.weights(user=user).log() + own, dim=1)
         torch.testing.assert_close(policy.log_prob(PROMPT, [BLUE, GREEN], user=user), expected, atol=1e-3, rtol=0)
     both = policy.log_prob([PROMPT, PROMPT], [BLUE, GREEN], user=["anna", None])
-    assert both[0] == policy.log_prob(PROMPT, BLUE, user="anna")[0] and both[1] == policy.log_prob(PROMPT, GREEN)[0]
+    apart = torch.cat([policy.log_prob(PROMPT, BLUE, user="anna"), policy.log_prob(PROMPT, GREEN)])
+    torch.testing.assert_close(both, apart, atol=1e-4, rtol=0)  # products of other sizes round differently
 
 
 def test_log_prob_of_conversations(make_policy, tiny_chat_tokenizer):
