@@ -1,6 +1,6 @@
 """Whole training steps against TRL's `DPOTrainer`: CPU seconds, memory, share of the machine's peak.
 
-    python benchmarks/training.py                                   # about 25 CPU minutes on a slow core
+    python benchmarks/training.py                                   # half an hour of CPU
     python benchmarks/training.py --quick --only 1 3                # two repetitions, two of the figures
     python benchmarks/training.py --output benchmarks/results/training.json
 
@@ -31,22 +31,22 @@ import warnings
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from measuring import figures as names
 from measuring.contenders import OURS, RANK, TRL, Bases, Course, our_trainer, trl_trainer
-from measuring.figures import Peaks, all_figures, products_of
+from measuring.figures import Figure, Peaks, all_figures, products_of
 from measuring.gate import check_against_trl, check_ours
 from measuring.machine import describe_machine, matrix_product_peak
-from measuring.prefixes import measure_prefix_sharing
+from measuring.prefixes import PrefixSharing, measure_prefix_sharing
 from measuring.report import as_json, figure_table, memory_table, stage_table
 from measuring.stages import CONVARG, Plan, StageResult, note, run_stage
 from measuring.texts import AGAINST_BOTH, MIXES, distinct_rows
 from measuring.turns import SteppedTrainer, give_memory_back, share_one_heap
 
-from prefmix.experts.base_model import load_base
+from prefmix.experts.base_model import BaseModel, load_base
 
 # figure -> stage -> contenders; `| variant`s are taken where this version of prefmix has them.
 NEEDS: dict[int, dict[str, list[str]]] = {
@@ -141,69 +141,115 @@ def memory_cell(name: str, args: argparse.Namespace) -> None:
     stepped.close()
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Memory, gate, stages; JSON-ready."""
+class Measured(NamedTuple):
+    """Everything that a run has found so far.
+
+    Attributes:
+        machine: where it runs, and from which commit.
+        settings: what was asked for.
+        memory: peak megabytes of fresh processes.
+        errors: what the correctness gate saw.
+        peaks: matrix products, measured between rounds.
+        stages: by their rows.
+        prefixes: prompts read once against twice, the trunk alone.
+    """
+
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    memory: dict[str, float]
+    errors: dict[str, Any]
+    peaks: list[Peaks]
+    stages: dict[str, StageResult]
+    prefixes: dict[str, PrefixSharing]
+
+    @property
+    def best(self) -> Peaks:
+        """The best matrix products of the whole run."""
+        return Peaks(*(max(values) for values in zip(*self.peaks)))
+
+    def figures(self, base: BaseModel) -> list[Figure]:
+        """All figures whose contenders were measured."""
+        return all_figures(self.stages, self.prefixes, self.memory, self.best, base.model)
+
+    def tables(self, base: BaseModel) -> str:
+        """For people."""
+        parts = [figure_table(self.figures(base)), *(stage_table(name, stage) for name, stage in self.stages.items())]
+        parts += [memory_table(self.memory)] if self.memory else []
+        against_trl = ", ".join(
+            f"{name.replace(' | ', ', ')}: loss {error['loss']:.1e}, gradient {error['gradient']:.1e}"
+            for name, error in self.errors.get("against TRL", {}).items()
+        )
+        parts.append(
+            f"Matrix-product peak of the run, one thread: {self.best.float32:.0f} GFLOP/s in float32, "
+            f"{self.best.bfloat16:.0f} in bfloat16. Relative difference from TRL: {against_trl or 'not compared'}."
+        )
+        return "\n\n".join(parts)
+
+    def to_json(self, base: BaseModel) -> dict[str, Any]:
+        """For machines."""
+        operations = {
+            stage: {
+                name: products_of(name, result, timed, base.model)._asdict()
+                for name, timed in result.timed.items()
+                if name.startswith("heads")
+            }
+            for stage, result in self.stages.items()
+        }
+        prefixes = {mix: found._asdict() | {"ratio": found.ratio._asdict()} for mix, found in self.prefixes.items()}
+        return {
+            "machine": self.machine,
+            "model": Path(base.source).name,
+            "model_sha256": base.sha256,
+            "settings": self.settings,
+            "gate": self.errors,
+            "matrix_product_gflops": self.best._asdict(),
+            "matrix_product_gflops_by_round": [peak._asdict() for peak in self.peaks],
+            "gflop_of_a_step": operations,
+            "prefix_sharing": prefixes,
+            **as_json(self.stages, self.figures(base), self.memory),
+        }
+
+
+def run(args: argparse.Namespace) -> str:
+    """Memory, gate, stages; the JSON file grows with every stage. Returns the tables."""
     with_trl = importlib.util.find_spec("trl") is not None
     if not with_trl:
-        print("TRL is not installed (pip install 'trl==1.16.0'): nothing is compared with it", file=sys.stderr)
+        note("TRL is not installed (pip install 'trl==1.16.0'): nothing is compared with it")
     # First, while this process is small: on Linux a child's ru_maxrss starts from its parent's memory.
     cells = [name for name in IN_MEMORY if with_trl or name not in TRL] if 4 in args.only else []
     memory = {name: peak_megabytes(name, args) for name in cells}
     bases = Bases(partial(_load, args.model))
     base = bases[torch.float32]
     plan = plan_stages(args.only, args.rows, with_trl)
-    errors = gate(plan, bases, with_trl)
-    note(f"gate passed: {json.dumps(errors)}")
-    peaks: list[Peaks] = []
-    measure = lambda: peaks.append(Peaks(*(matrix_product_peak(t) for t in (torch.float32, torch.bfloat16))))  # noqa: E731
-    measure()
+    settings = {"pairs": args.pairs, "repetitions": args.repetitions, "rank": RANK, "tokens": MIXES | AGAINST_BOTH}
+    measured = Measured(describe_machine(), settings, memory, gate(plan, bases, with_trl), [], {}, {})
+    note(f"gate passed: {json.dumps(measured.errors)}")
+    _measure_peaks(measured.peaks)
     few = (args.repetitions + 1) // 2
-    stages: dict[str, StageResult] = {}
     for stage, contenders in plan.items():
         repetitions = args.repetitions if stage in ("1:1", "4:1") else few
-        stages[stage] = run_stage(Plan(stage, contenders, args.pairs, repetitions, measure), bases)
+        after_round = partial(_measure_peaks, measured.peaks)
+        measured.stages[stage] = run_stage(Plan(stage, contenders, args.pairs, repetitions, after_round), bases)
         give_memory_back()
-    best = Peaks(*(max(values) for values in zip(*peaks)))
-    mixes = [mix for mix in ("1:1", *AGAINST_BOTH, "4:1") if 6 in args.only and mix.partition(" ")[0] in args.rows]
-    prefixes = {mix: measure_prefix_sharing(base, mix, max(args.pairs // 2, 1), few, note) for mix in mixes}
-    figures = all_figures(stages, prefixes, memory, best, base.model)
-    print(report(stages, figures, memory, best, errors))
-    operations = {
-        stage: {
-            name: products_of(name, result, timed, base.model)._asdict()
-            for name, timed in result.timed.items()
-            if name.startswith("heads") and stage != CONVARG
-        }
-        for stage, result in stages.items()
-    }
-    return {
-        "machine": describe_machine(),
-        "model": Path(base.source).name,
-        "model_sha256": base.sha256,
-        "settings": {"pairs": args.pairs, "repetitions": args.repetitions, "rank": RANK, "tokens": MIXES},
-        "gate": errors,
-        "matrix_product_gflops": best._asdict(),
-        "matrix_product_gflops_by_round": [peak._asdict() for peak in peaks],
-        "gflop_of_a_step": operations,
-        "prefix_sharing": {mix: found._asdict() | {"ratio": found.ratio._asdict()} for mix, found in prefixes.items()},
-        **as_json(stages, figures, memory),
-    }
+        _write(measured, base, args.output)
+    for mix in ("1:1", *AGAINST_BOTH, "4:1") if 6 in args.only else ():
+        if mix.partition(" ")[0] in args.rows:
+            measured.prefixes[mix] = measure_prefix_sharing(base, mix, max(args.pairs // 2, 1), few, note)
+    _write(measured, base, args.output)
+    return measured.tables(base)
 
 
-def report(
-    stages: dict[str, StageResult], figures: list[Any], memory: dict[str, float], peaks: Peaks, errors: dict[str, Any]
-) -> str:
-    """All tables."""
-    parts = [figure_table(figures), *(stage_table(name, stage) for name, stage in stages.items())]
-    parts += [memory_table(memory)] if memory else []
-    parts.append(
-        f"Matrix-product peak of the run, one thread: {peaks.float32:.0f} GFLOP/s in float32, {peaks.bfloat16:.0f} in "
-        f"bfloat16. Correctness: {json.dumps(errors.get('against TRL', {}))} against TRL."
-    )
-    return "\n\n".join(parts)
+def _measure_peaks(peaks: list[Peaks]) -> None:
+    peaks.append(Peaks(matrix_product_peak(torch.float32), matrix_product_peak(torch.bfloat16)))
 
 
-def _load(model: str, dtype: torch.dtype) -> Any:
+def _write(measured: Measured, base: BaseModel, output: Path | None) -> None:
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(measured.to_json(base), indent=1) + "\n", encoding="utf-8")
+
+
+def _load(model: str, dtype: torch.dtype) -> BaseModel:
     return load_base(model, dtype=dtype)
 
 
@@ -227,10 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.memory:
         return memory_cell(args.memory, args)
     args.repetitions = 2 if args.quick else args.repetitions
-    result = run(args)
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(run(args))
     return None
 
 
