@@ -76,7 +76,7 @@ def _run_seed(args: argparse.Namespace, setting: Setting, seed: int) -> SeedResu
         _options(args, base),
         num_experts=setting.num_groups,
         seed=seed,
-        output_dir=args.work_dir / "runs",
+        output_dir=args.work_dir / "runs" / args.setting,
         say=lambda line: print(f"[{args.setting}] {line}", flush=True),
     )
 
