@@ -51,7 +51,7 @@ format: setup  ## rewrite the sources in the house style
 docs: setup  ## rewrite the pages that are made from the code
 	$(BIN)/python -m prefmix.cli.config_page > docs/config.md
 
-bench: setup  ## speed figures: each benchmark checks its own correctness first
+bench: setup  ## speed figures, each behind its own correctness gate: about an hour (training.py alone takes --quick)
 	@for script in benchmarks/*.py; do echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script || exit 1; done
 
 clean:  ## remove the environment and build products

@@ -70,7 +70,7 @@ NEEDS: dict[int, dict[str, list[str]]] = {
     6: {"1:1": ["LoRA, all blocks, K=1"], "4:1": ["LoRA, all blocks, K=1"]},
     7: {"1:1": ["heads, K=8", "heads, K=8, cached"]},
 }
-STAGES = (*MIXES, CONVARG)
+STAGES = ("1:1", "4:1", CONVARG, "1:3")
 IN_MEMORY = ("TRL LoRA", "LoRA, all blocks, K=1", "heads, K=1", "heads, K=8", "heads, K=16")
 
 

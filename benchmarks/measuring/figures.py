@@ -173,7 +173,11 @@ def products_of(contender: str, stage: StageResult, timed: Timed, model: PreTrai
     """Operations that one step of these heads needs."""
     fields = fields_of_ours(contender)
     cached = fields.get("cache_states") == "disk"
-    return head_products(model, stage.tokens[timed.pairs], fields["num_experts"], RANK, cached=cached)
+    # Prompts are read once unless that was switched off, so reading them again is not what the algorithm needs.
+    once = fields.get("prefix_sharing", True)
+    return head_products(
+        model, stage.tokens[timed.pairs], fields["num_experts"], RANK, cached=cached, prompts_once=once
+    )
 
 
 def _words(variant: str) -> str:

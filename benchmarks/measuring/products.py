@@ -63,7 +63,7 @@ def head_products(
 def trunk_products(model: PreTrainedModel, tokens: StepTokens, *, prompts_once: bool = False) -> float:
     """GFLOP of one forward pass of the blocks over the step's real tokens."""
     read = tokens.once if prompts_once else tokens.real
-    attended = tokens.completion_once_pairs if prompts_once else tokens.pairs_of_positions
+    attended = tokens.once_pairs_of_positions if prompts_once else tokens.pairs_of_positions
     config = model.config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * head * attended

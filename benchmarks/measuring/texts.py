@@ -36,7 +36,7 @@ class StepTokens(NamedTuple):
         completion: completion tokens, whose log-probabilities are summed.
         pairs_of_positions: sum over texts of L (L + 1) / 2, what causal attention reads.
         once: real tokens when a prompt counts once for all its texts.
-        completion_once_pairs: positions that attend when a prompt is read once.
+        once_pairs_of_positions: positions that attend when a prompt is read once.
     """
 
     texts: float
@@ -45,7 +45,7 @@ class StepTokens(NamedTuple):
     completion: float
     pairs_of_positions: float
     once: float
-    completion_once_pairs: float
+    once_pairs_of_positions: float
 
 
 def distinct_rows(mix: str, count: int, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Rows:
