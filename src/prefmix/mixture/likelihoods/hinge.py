@@ -10,7 +10,7 @@ from prefmix.mixture.precision import at_least_float32
 
 
 def hinge_log_lik(margins: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
-    """log p_k = - max(0, 1 - m_k): nothing more to gain beyond a margin of 1.
+    """Nothing more to gain beyond a margin of 1: log p_k = - max(0, 1 - m_k).
 
     No likelihood: exp of it does not sum to 1 over the two outcomes. Posteriors built on it are generalised ones.
 

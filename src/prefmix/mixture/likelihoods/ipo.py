@@ -9,7 +9,9 @@ from prefmix.mixture.precision import at_least_float32
 
 
 def ipo_log_lik(margins: Float[Tensor, "B K"], beta: Float[Tensor, "K"]) -> Float[Tensor, "B K"]:
-    """log p_k = - (m_k / beta_k - 1 / (2 beta_k))^2: a squared distance from the margin 1/2, not "the more the better".
+    """A squared distance from the margin 1/2, not "the more the better".
+
+        log p_k = - (m_k / beta_k - 1 / (2 beta_k))^2
 
     In the paper's terms h = m / beta is the difference of log-ratios and beta is tau. Up to constants this is a normal
     log density of the observed margin, so exp of it does not sum to 1 over the two outcomes.

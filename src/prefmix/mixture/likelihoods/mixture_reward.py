@@ -65,7 +65,7 @@ def policy_logit(
 def responsibilities_of_reward(
     log_weights: Float[Tensor, "B K"], chosen_rewards: Float[Tensor, "B K"]
 ) -> Float[Tensor, "B K"]:
-    """log q_k proportional to w_k exp r_k(y_w): which expert makes the preferred response as good as it is.
+    """Which expert makes the preferred response as good as it is: q_k proportional to w_k exp r_k(y_w).
 
     It is what `bt_lse`'s v_k sigmoid(m_k) are proportional to.
     """

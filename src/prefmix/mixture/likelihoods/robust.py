@@ -1,4 +1,4 @@
-"""The unbiased loss under known label noise (robust DPO) as a pseudo-log-likelihood. Legend: B comparisons, K experts."""
+"""The unbiased loss under known label noise (robust DPO) as a pseudo-log-likelihood. Legend: B rows, K experts."""
 
 from __future__ import annotations
 
