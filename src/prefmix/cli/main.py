@@ -22,6 +22,7 @@ from prefmix.cli.recipe import field_suggestion, suggestion
 VERBS = {
     "demo": "train, compare and talk to mixtures on real rows that ship with the package",
     "init": "write a commented recipe.yaml",
+    "simulate": "write rows of people with known tastes, and the truth beside them",
     "validate": "check rows of preferences, without loading a model",
     "probe": "find groups of users before training a single expert",
     "train": "train a mixture of expert policies from a recipe",
@@ -128,7 +129,7 @@ def _dispatch(words: list[str]) -> int:
 
         print(completion_script(words[1] if len(words) > 1 else "bash"))
         return 0
-    verb = words[0]
+    verb = words[0].replace("-", "_")
     if verb not in VERBS:
         print(f"error: unknown verb {verb!r}{suggestion(verb, VERBS)}; one of: {', '.join(VERBS)}", file=sys.stderr)
         return 2
