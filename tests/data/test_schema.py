@@ -62,9 +62,9 @@ def test_ties_and_rows_of_weight_zero_are_counted_and_left_out():
 
 
 def test_null_means_absent_and_other_columns_are_left_alone():
-    optional = ("user", "group", "weight", "metadata", "tie", "tools", "chat_template_kwargs")
+    optional = ("user", "group", "weight", "metadata", "tie", "label", "tools", "chat_template_kwargs")
     row = check_rows([{**GOOD, **dict.fromkeys(optional), "score": object()}]).rows[0]
-    assert row.attributes == (None, None, 1.0, {}, False, None, {})
+    assert row.attributes == (None, None, 1.0, {}, False, None, None, {})
 
 
 def test_user_fields_may_differ_between_users_and_other_fields_within_one():

@@ -23,6 +23,7 @@ class Attributes(NamedTuple):
         weight: how much the row counts, positive; 1 where absent, 0 for a row to leave out.
         metadata: what is known about user and context; null values are absent.
         tie: the judge found both equal.
+        label: probability in [0, 1] that `chosen` is the better one; None where absent (it counts as 1).
         tools: the tools that the chat template is told about.
         chat_template_kwargs: further arguments of the chat template.
     """
@@ -32,6 +33,7 @@ class Attributes(NamedTuple):
     weight: float
     metadata: dict[str, MetadataValue]
     tie: bool
+    label: float | None
     tools: list[Any] | None
     chat_template_kwargs: dict[str, Any]
 
@@ -44,6 +46,7 @@ def check_attributes(row: Mapping[str, Any], report: Report) -> Attributes:
         weight=_weight(row.get("weight"), report),
         metadata=_metadata(row.get("metadata"), report),
         tie=_tie(row.get("tie"), report),
+        label=_label(row, report),
         tools=_tools(row.get("tools"), report),
         chat_template_kwargs=_template_arguments(row.get("chat_template_kwargs"), report),
     )
@@ -108,6 +111,24 @@ def _tie(value: Any, report: Report) -> bool:
         return bool(value)
     report("tie", f"is {type(value).__name__} {shown(value)}", "Write true, false or nothing.")
     return False
+
+
+def _label(row: Mapping[str, Any], report: Report) -> float | None:
+    value = row.get("label")
+    if value is None:
+        return None
+    remedy = "Give the probability that 'chosen' is the better one, or rename a column that means something else."
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+        report("label", f"is {type(value).__name__} {shown(value)}, not a number from 0 to 1", remedy)
+        return None
+    if row.get("tie") is True:
+        report(
+            "label",
+            f"is {shown(value)} on a tie",
+            "Leave one out: 0.5 says that judges are split, a tie that none sees.",
+        )
+        return None
+    return float(value)
 
 
 def _tools(value: Any, report: Report) -> list[Any] | None:

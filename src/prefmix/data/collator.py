@@ -68,6 +68,9 @@ class ComparisonCollator:
     A position ~i (negative) is a copy of row i that only fills the batch (see `PromptGroupedSampler`): its weight is 0,
     and `row` stays negative, so that whoever remembers rows can leave it out.
 
+    Where the table has them, `tie` [B] (bool) and `label` [B] come too, and rankings as `ranked` [M], positions in
+    text_ids, best first, row after row, with `ranked_size` [B] and `ranked_stages` [B].
+
     With `states` the last three keys give way to what `states(text_ids)` returns: `hidden` [T, D], `targets` [T] and
     `segments` [T].
 
@@ -99,24 +102,31 @@ class ComparisonCollator:
         self._states = states
         self._prompt_states = prompt_states
         self._metadata = metadata
+        columns = {"tie": table.tie, "label": table.label}
+        self._columns = {name: column for name, column in columns.items() if column is not None}
         self._flat = None if states is not None else _FlatTexts(table)
 
     def __call__(self, rows: Sequence[int]) -> dict[str, Tensor]:
         place = np.asarray(rows, dtype=np.int64)
         row = np.where(place < 0, ~place, place)
         table = self._table
-        pairs = np.concatenate([table.chosen[row], table.rejected[row]])
-        text_ids, local = np.unique(pairs, return_inverse=True)
+        ranked = None if table.ranked is None else table.ranked.select(row)
+        named = [table.chosen[row], table.rejected[row], *(() if ranked is None else (ranked.texts,))]
+        text_ids, local = np.unique(np.concatenate(named), return_inverse=True)
         batch = {
             "row": place,
             "chosen": local[: len(row)],
-            "rejected": local[len(row) :],
+            "rejected": local[len(row) : 2 * len(row)],
             "text_ids": text_ids,
             "user": table.user[row],
             "group": self._group[row],
             "weight": np.where(place < 0, 0, table.weight[row]).astype(table.weight.dtype),
             "prompt": self._prompt[row],
         }
+        if ranked is not None:
+            order = {"ranked": local[2 * len(row) :], "ranked_size": ranked.size, "ranked_stages": ranked.stages}
+            batch.update(order)
+        batch.update((name, column[row]) for name, column in self._columns.items())
         tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in batch.items()}
         if self._states is not None:
             tensors.update(self._states(text_ids))

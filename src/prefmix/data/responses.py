@@ -32,12 +32,28 @@ class TokenIds(NamedTuple):
 
 
 class Responses(NamedTuple):
-    """What was compared. Exactly one of the two forms is there."""
+    """What was compared. Exactly one of the two forms is there.
+
+    Attributes:
+        prompt: what was answered.
+        chosen: the preferred response, or the best of a ranking.
+        rejected: the other response, or the last of a ranking.
+        token_ids: the three as token ids, where they came so.
+        between: a ranking's other responses, best first.
+        stages: how many places of a ranking were judged; 1 for a pair and for the best of n.
+    """
 
     prompt: Content
     chosen: Content
     rejected: Content
     token_ids: TokenIds | None = None
+    between: tuple[Content, ...] = ()
+    stages: int = 1
+
+    @property
+    def in_order(self) -> tuple[Content, ...]:
+        """All responses, best first."""
+        return (self.chosen, *self.between, self.rejected)
 
     @property
     def form(self) -> str:
@@ -71,11 +87,11 @@ def check_responses(row: Mapping[str, Any], tie: bool, report: Report) -> Respon
     """The responses of a row with its prompt made explicit, or None after reporting what is wrong."""
     if any(row.get(column) is not None for column in TOKEN_COLUMNS):
         return _check_token_ids(row, tie, report)
-    checks = [_check_content(row, name, report) for name in ("chosen", "rejected")]  # both, to report both
+    checks = [check_content(row, name, report) for name in ("chosen", "rejected")]  # both, to report both
     complete = all(checks)
     explicit = row.get("prompt") is not None
     if explicit:
-        complete = _check_content(row, "prompt", report) and complete
+        complete = check_content(row, "prompt", report) and complete
     elif "prompt" in row:
         report("prompt", "is null", "Write the prompt, or leave the column out and begin both responses with it.")
         complete = False
@@ -86,7 +102,7 @@ def check_responses(row: Mapping[str, Any], tie: bool, report: Report) -> Respon
         report("rejected", "'chosen' and 'rejected' differ in kind: text and messages", "Use one kind for both.")
         return None
     if chosen == rejected and not tie:
-        remedy = "Remove the row, or mark it with `tie: true` (ties are counted and left out)."
+        remedy = "Remove the row, or mark it with `tie: true` (left out, and counted)."
         report("rejected", f"equals 'chosen': {shown(rejected)}", remedy)
         return None
     return _with_prompt(row.get("prompt"), chosen, rejected, tie, report)
@@ -112,7 +128,8 @@ def _with_prompt(prompt: Any, chosen: Content, rejected: Content, tie: bool, rep
     return Responses(*split)
 
 
-def _check_content(row: Mapping[str, Any], name: str, report: Report) -> bool:
+def check_content(row: Mapping[str, Any], name: str, report: Report) -> bool:
+    """Whether `row[name]` is text or messages; reports what is wrong."""
     value = row.get(name)
     what = "the prompt" if name == "prompt" else f"the {'preferred' if name == 'chosen' else 'other'} response"
     if value is None:

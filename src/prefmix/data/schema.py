@@ -1,8 +1,8 @@
 """What a preference row is, and the check of all rows: pure Python, so that bad data is named before torch is loaded.
 
 Columns: `prompt` (may be implicit), `chosen`, `rejected` as text or messages, or `prompt_ids`, `chosen_ids`,
-`rejected_ids`; optional `user`, `group`, `weight`, `metadata`, `tie`, `tools`, `chat_template_kwargs`. Others are left
-alone.
+`rejected_ids`; or `ranking`, a list of responses, best first, or `chosen` with a list of `rejected`; optional `user`,
+`group`, `weight`, `metadata`, `tie`, `label`, `tools`, `chat_template_kwargs`. Others are left alone.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from prefmix.data.attributes import Attributes, MetadataValue, check_attributes
 from prefmix.data.errors import DataError, RowError, shown
+from prefmix.data.rankings import RANKING, check_ranking, is_ranking
 from prefmix.data.responses import TOKEN_COLUMNS, Responses, check_responses
 
 __all__ = ["USER_FIELD_PREFIX", "CheckedRows", "DataError", "PreferenceRow", "RowError", "check_rows"]
@@ -42,7 +43,8 @@ class CheckedRows(NamedTuple):
     Attributes:
         rows: the comparisons to use.
         form: `standard`, `conversational` or `tokenized`; one for all rows.
-        dropped: reason -> count of rows left out (`tie`: both responses equal; `weight 0`: counts for nothing).
+        dropped: reason -> count of rows left out (`tie`: nothing models ties, or both texts are one; `weight 0`: counts
+            for nothing).
     """
 
     rows: list[PreferenceRow]
@@ -56,7 +58,11 @@ def numbered(index: int) -> str:
 
 
 def check_rows(
-    rows: Iterable[Mapping[str, Any]], *, where: Callable[[int], str] = numbered, source: str = "rows"
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    where: Callable[[int], str] = numbered,
+    source: str = "rows",
+    keep_ties: bool = False,
 ) -> CheckedRows:
     """Checks every row and finds every error.
 
@@ -64,6 +70,7 @@ def check_rows(
         rows: mappings from column to value.
         where: zero-based row -> the place as a person finds it ("line 3").
         source: what messages call the data.
+        keep_ties: ties are data (a likelihood of ties reads them); else they are left out and counted.
 
     Raises:
         DataError: listing all errors with place, field, value and remedy.
@@ -78,7 +85,7 @@ def check_rows(
     kept = []
     for row in checked:
         assert row is not None, "a row was refused without an error"
-        reason = TIE if row.attributes.tie else ZERO_WEIGHT if row.attributes.weight == 0 else None
+        reason = _why_dropped(row, keep_ties)
         if reason:
             dropped[reason] += 1
         else:
@@ -88,6 +95,19 @@ def check_rows(
             source, [RowError("", "", f"no row is left: {_counts(dropped)}", "Add rows with a preference.")]
         )
     return CheckedRows(kept, kept[0].responses.form, dict(dropped))
+
+
+def _why_dropped(row: PreferenceRow, keep_ties: bool) -> str | None:
+    responses = row.responses
+    same = responses.chosen == responses.rejected if responses.token_ids is None else _same_ids(responses)
+    if row.attributes.tie and (same or not keep_ties):
+        return TIE
+    return ZERO_WEIGHT if row.attributes.weight == 0 else None
+
+
+def _same_ids(responses: Responses) -> bool:
+    assert responses.token_ids is not None
+    return responses.token_ids.chosen_ids == responses.token_ids.rejected_ids
 
 
 def _counts(dropped: Mapping[str, int]) -> str:
@@ -104,7 +124,7 @@ def _check_columns(rows: list[Any], source: str) -> None:
             error = RowError(numbered(index), "", f"is {type(row).__name__}, not a mapping", "Write {column: value}.")
             raise DataError(source, [error])
         columns.update(dict.fromkeys(map(str, row)))
-    if any(name in columns for name in TOKEN_COLUMNS):
+    if any(name in columns for name in (*TOKEN_COLUMNS, RANKING)):
         return
     missing = [name for name in ("chosen", "rejected") if name not in columns]
     remedy = f"Rename the column that holds it. Columns found: {', '.join(columns) or 'none'}."
@@ -131,12 +151,22 @@ class _RowCheck:
         if row.get("image") is not None or row.get("images") is not None:
             report("images", "rows with images are not supported", "Remove the column; only text is read.")
         attributes = check_attributes(row, report)
-        responses = check_responses(row, attributes.tie, report)
+        responses = self._responses(row, attributes, report)
         self._check_user_fields(attributes, place, report)
         if responses is None:
             return None
         self._check_form(responses.form, row.get("prompt") is not None, place, report)
         return PreferenceRow(index, responses, attributes)
+
+    def _responses(
+        self, row: Mapping[str, Any], attributes: Attributes, report: Callable[[str, str, str], None]
+    ) -> Responses | None:
+        if not is_ranking(row):
+            return check_responses(row, attributes.tie, report)
+        for field, given in (("tie", attributes.tie), ("label", attributes.label is not None)):
+            if given:
+                report(field, "is given beside a ranking", "Leave it out: ties and labels belong to rows of two.")
+        return check_ranking(row, report)
 
     def _check_form(self, form: str, explicit: bool, place: str, report: Callable[[str, str, str], None]) -> None:
         if self._first is None:

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 from prefmix.data.errors import DataError, RowError, shown
 
 # Columns that are structured; in a CSV their cells hold JSON.
-JSON_CELLS = ("metadata", "tools", "chat_template_kwargs", "prompt_ids", "chosen_ids", "rejected_ids")
+JSON_CELLS = ("metadata", "tools", "chat_template_kwargs", "prompt_ids", "chosen_ids", "rejected_ids", "ranking")
 TEXT_CELLS = ("prompt", "chosen", "rejected")
+# How a cell begins that holds messages, or several responses.
+_LISTS = {"prompt": ("[{",), "chosen": ("[{",), "rejected": ("[{", '["', "[[")}
 _ONE_OBJECT_A_LINE = 'Write one JSON object a line, such as {"prompt": "...", "chosen": "...", "rejected": "..."}.'
 
 
@@ -194,13 +196,13 @@ def _check_header(header: list[str], path: Path) -> None:
 def _cell(name: str, text: str) -> Any:
     """A cell as JSON would give it; what cannot be read stays text, and the check of the row says what is wrong."""
     if name in TEXT_CELLS:
-        messages = _json_cell(text) if text.lstrip().startswith("[{") else text
+        messages = _json_cell(text) if text.lstrip().startswith(_LISTS[name]) else text
         return messages if isinstance(messages, list) else text
     if text == "":
         return None
     if name in JSON_CELLS:
         return _json_cell(text)
-    if name == "weight":
+    if name in ("weight", "label"):
         try:
             return float(text)
         except ValueError:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prefmix.data.comparisons import ComparisonTable, TextTable
+from prefmix.data.attributes import Attributes
+from prefmix.data.comparisons import ComparisonTable, RankedTexts, TextTable
 from prefmix.data.errors import DataError, RowError
-from prefmix.data.responses import Content, TokenIds
+from prefmix.data.responses import Content
 from prefmix.data.schema import CheckedRows, PreferenceRow, check_rows, numbered
 from prefmix.data.text_table import SplitText, TextTableBuilder, TruncationMode, common_prefix_length
 
@@ -36,12 +37,14 @@ def tokenize_rows(
     where: Callable[[int], str] = numbered,
     source: str = "rows",
     progress: bool = True,
+    keep_ties: bool = False,
 ) -> ComparisonTable:
     """Checks and tokenizes preference rows.
 
     The completion starts where the tokens of prompt and prompt + response part; plain text gets the end-of-sequence
     token, conversations what their template gives. Under `keep_start` a row whose prompt fills `max_length` is left
-    out and counted, as in TRL; so are ties and rows of weight 0.
+    out and counted, as in TRL; so are rows of weight 0, and ties unless `keep_ties`. A row whose label is below 1/2 is
+    turned round: its `chosen` is the response that is more likely the better one.
 
     Args:
         rows: mappings with the columns of `data.schema`.
@@ -53,37 +56,39 @@ def tokenize_rows(
         where: zero-based row -> its place in messages; `RowSource.where` knows lines.
         source: what messages call the data.
         progress: show a progress bar on a terminal.
+        keep_ties: ties are rows of the table.
 
     Raises:
         DataError: listing every row that cannot be used, or where no row is left.
 
     Source: TRL 1.16, `DPOTrainer._prepare_dataset` and `DataCollatorForPreference`; the tests compare the two.
     """
-    checked = check_rows(rows, where=where, source=source)
+    checked = check_rows(rows, where=where, source=source, keep_ties=keep_ties)
     encode = _Encoder(tokenizer, where=where, source=source, progress=progress)
     builder = TextTableBuilder(max_length, truncation_mode, _empty_prompt_id(tokenizer))
     dropped = Counter(checked.dropped)
     kept: list[PreferenceRow] = []
-    pairs: list[tuple[int, int]] = []
+    orders: list[list[int]] = []
     errors = []
     for row, ids in zip(checked.rows, encode.rows(checked), strict=True):
-        if max_length is not None and truncation_mode == "keep_start" and len(ids.prompt_ids) >= max_length:
+        prompt_ids, *responses = ids
+        if max_length is not None and truncation_mode == "keep_start" and len(prompt_ids) >= max_length:
             dropped[PROMPT_TOO_LONG] += 1
             continue
-        pair = [builder.add(SplitText(ids.prompt_ids, response)) for response in ids[1:]]
-        if pair[0] is None or pair[1] is None:
-            name = "chosen" if pair[0] is None else "rejected"
+        order = [index for response in responses if (index := builder.add(SplitText(prompt_ids, response))) is not None]
+        if len(order) < len(responses):
+            name = _emptied(row, builder, prompt_ids, responses)
             remedy = "Give the response text, give the row a prompt, or raise max_length."
             errors.append(RowError(where(row.source_row), name, "has no token that anything predicts", remedy))
             continue
         kept.append(row)
-        pairs.append((pair[0], pair[1]))
+        orders.append(order)
     if not kept and not errors:
         problem = f"no row is left: {dropped[PROMPT_TOO_LONG]} prompts fill max_length={max_length}"
         errors.append(RowError("", "prompt", problem, "Raise max_length, or use truncation_mode='keep_end'."))
     if errors:
         raise DataError(source, errors)
-    return _table(builder.build(), kept, pairs, users or (), groups or (), dropped)
+    return _table(builder.build(), kept, orders, users or (), groups or (), dropped)
 
 
 def tokenize_texts(
@@ -116,6 +121,16 @@ def tokenize_texts(
     return builder.build()
 
 
+def _emptied(
+    row: PreferenceRow, builder: TextTableBuilder, prompt_ids: list[int], responses: Sequence[list[int]]
+) -> str:
+    """The column of the first response that truncation leaves nothing of."""
+    first = next(i for i, ids in enumerate(responses) if builder.add(SplitText(prompt_ids, ids)) is None)
+    if row.responses.between:
+        return f"response {first + 1} of {len(responses)}"
+    return "rejected" if first else "chosen"
+
+
 def _empty_prompt_id(tokenizer: PreTrainedTokenizerBase) -> int:
     token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return 0 if token is None else int(token)
@@ -130,8 +145,8 @@ class _Encoder:
         self._tokenizer, self._where, self._source, self._progress = tokenizer, where, source, progress
         self._seen: dict[str, list[int]] = {}
 
-    def rows(self, checked: CheckedRows) -> Iterable[TokenIds]:
-        """TRL's `prompt_ids`, `chosen_ids`, `rejected_ids` of every row, before truncation."""
+    def rows(self, checked: CheckedRows) -> Iterable[Sequence[list[int]]]:
+        """TRL's `prompt_ids`, `chosen_ids`, `rejected_ids` of every row, before truncation; more ids for a ranking."""
         if checked.form == "standard":
             self._encode_all(checked.rows)
         parted = 0
@@ -139,10 +154,10 @@ class _Encoder:
             if row.responses.token_ids is not None:
                 yield row.responses.token_ids
                 continue
-            prompt, chosen, rejected = self._row(row)
-            start = min(common_prefix_length(prompt, chosen), common_prefix_length(prompt, rejected))
+            prompt, *responses = self._row(row)
+            start = min(common_prefix_length(prompt, response) for response in responses)
             parted += start < len(prompt)
-            yield TokenIds(prompt[:start], chosen[start:], rejected[start:])
+            yield [prompt[:start], *(response[start:] for response in responses)]
         if parted:
             logger.warning(
                 "In %d of %d rows the tokens of the prompt are no prefix of those of prompt + response: tokens merge "
@@ -163,22 +178,25 @@ class _Encoder:
         start = common_prefix_length(prompt_ids, ids)
         return SplitText(ids[:start], ids[start:])
 
-    def _row(self, row: PreferenceRow) -> tuple[list[int], list[int], list[int]]:
-        prompt, chosen, rejected, _ = row.responses
+    def _row(self, row: PreferenceRow) -> list[list[int]]:
+        prompt = row.responses.prompt
         if isinstance(prompt, str):
-            return tuple(self._plain(text) for text in self._standard(row))  # type: ignore[return-value]
-        assert isinstance(chosen, list) and isinstance(rejected, list)
+            return [self._plain(text) for text in self._standard(row)]
         arguments = {"tools": row.attributes.tools, **row.attributes.chat_template_kwargs}
-        return (
-            self._chat(prompt, {"add_generation_prompt": True, **arguments}, row.source_row),
-            self._chat(prompt + chosen, arguments, row.source_row),
-            self._chat(prompt + rejected, arguments, row.source_row),
-        )
+        encoded = [self._chat(prompt, {"add_generation_prompt": True, **arguments}, row.source_row)]
+        for response in row.responses.in_order:
+            assert isinstance(response, list)
+            encoded.append(self._chat(prompt + response, arguments, row.source_row))
+        return encoded
 
-    def _standard(self, row: PreferenceRow) -> tuple[str, str, str]:
-        prompt, chosen, rejected, _ = row.responses
-        assert isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)
-        return prompt, prompt + self._with_eos(chosen), prompt + self._with_eos(rejected)
+    def _standard(self, row: PreferenceRow) -> list[str]:
+        prompt = row.responses.prompt
+        assert isinstance(prompt, str)
+        texts = [prompt]
+        for response in row.responses.in_order:
+            assert isinstance(response, str)
+            texts.append(prompt + self._with_eos(response))
+        return texts
 
     def _with_eos(self, response: str) -> str:
         eos = self._tokenizer.eos_token
@@ -228,7 +246,7 @@ class _Encoder:
 def _table(
     texts: TextTable,
     rows: Sequence[PreferenceRow],
-    pairs: Sequence[tuple[int, int]],
+    orders: Sequence[list[int]],
     users: Sequence[str],
     groups: Sequence[str],
     dropped: Mapping[str, int],
@@ -241,7 +259,11 @@ def _table(
     group_index = {name: i for i, name in enumerate(groups)}
     for name in sorted({entry.group for entry in attributes if entry.group is not None}):
         group_index.setdefault(name, len(group_index))
-    pair = np.array(pairs, dtype=np.int64)
+    tie, label = _judgements(attributes)
+    for i in np.flatnonzero(label < 0.5):
+        orders[i].reverse()
+    label = np.maximum(label, 1 - label)
+    pair = np.array([(order[0], order[-1]) for order in orders], dtype=np.int64)
     same = int((pair[:, 0] == pair[:, 1]).sum())
     if same:
         logger.warning("%d of %d rows have equal responses after truncation and teach nothing.", same, len(rows))
@@ -257,4 +279,21 @@ def _table(
         metadata=[a.metadata for a in attributes],
         source_row=np.array([row.source_row for row in rows], dtype=np.int64),
         dropped=dict(dropped),
+        tie=tie if tie.any() else None,
+        label=label if (label < 1).any() else None,
+        ranked=_ranked(rows, orders) if any(len(order) > 2 for order in orders) else None,
+    )
+
+
+def _judgements(attributes: Sequence[Attributes]) -> tuple[np.ndarray, np.ndarray]:
+    """[B] which rows are ties, and [B] the label of each, 1 where absent."""
+    label = [1.0 if a.label is None else a.label for a in attributes]
+    return np.array([a.tie for a in attributes], dtype=bool), np.array(label, dtype=np.float32)
+
+
+def _ranked(rows: Sequence[PreferenceRow], orders: Sequence[list[int]]) -> RankedTexts:
+    return RankedTexts(
+        texts=np.array([text for order in orders for text in order], dtype=np.int64),
+        size=np.array([len(order) for order in orders], dtype=np.int64),
+        stages=np.array([row.responses.stages for row in rows], dtype=np.int64),
     )

@@ -17,6 +17,7 @@ from prefmix.data.schema import CheckedRows, PreferenceRow, check_rows
 
 KNOWN_COLUMNS = (
     *("prompt", "chosen", "rejected", "user", "group", "weight", "metadata", "tie", "tools", "chat_template_kwargs"),
+    *("label", "ranking"),
     *TOKEN_COLUMNS,
 )
 
@@ -148,19 +149,19 @@ def validate(source: Source, split: str | None = None) -> ValidationReport:
 def _count_texts(rows: Sequence[PreferenceRow]) -> dict[str, int]:
     prompts: dict[Any, int] = {}
     texts: dict[Any, int] = {}
-    judged: set[tuple[str | None, int, int]] = set()
+    judged: set[tuple[str | None, tuple[int, ...]]] = set()
     directions: set[tuple[int, int]] = set()
     duplicates = contradictions = 0
     for row in rows:
-        prompt, *responses = row.responses.token_ids or row.responses[:3]
+        prompt, *responses = row.responses.token_ids or (row.responses.prompt, *row.responses.in_order)
         prompt_id = prompts.setdefault(_key(prompt), len(prompts))
-        chosen, rejected = (texts.setdefault((prompt_id, _key(text)), len(texts)) for text in responses)
+        order = tuple(texts.setdefault((prompt_id, _key(text)), len(texts)) for text in responses)
         user = row.attributes.user
         # Without a name nobody knows whether two equal rows come from one person.
-        duplicates += user is not None and (user, chosen, rejected) in judged
-        contradictions += user is not None and (user, rejected, chosen) in judged
-        judged.add((user, chosen, rejected))
-        directions.add((chosen, rejected))
+        duplicates += user is not None and (user, order) in judged
+        contradictions += user is not None and (user, order[::-1]) in judged
+        judged.add((user, order))
+        directions.add((order[0], order[-1]))
     return {
         "prompts": len(prompts),
         "texts": len(texts),
