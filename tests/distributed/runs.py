@@ -26,8 +26,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prefmix.experts.spread_experts import SpreadExperts
 from prefmix.training.config import MixtureConfig
-from prefmix.training.sharding import load_whole, own_part, whole, whole_optimizer_state, whole_tensor
+from prefmix.training.sharding import load_whole, own_part, whole, whole_tensor
 from prefmix.training.trainer import MixtureTrainer
+from prefmix.training.zero import Zero
 
 WORDS = [f"w{i}" for i in range(40)]
 GLOBAL_BATCH = 8
@@ -56,6 +57,17 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "parallel draws": {  # everything that is random; in one model attention drops out too
         "expert_kind": "independent", "expert_models": ["base", "dropping", "base"], "latent": "user", "init": "random",
         "init_hold_epochs": 0.0, "save_steps": 2, "m_step": "sampled", "token_dropout": 0.3,
+    },
+    "zero2 heads": {
+        "latent": "user", "init": "random", "init_hold_epochs": 0.5, "save_steps": 4, "gate_update": "gradient",
+    },
+    "zero3 heads": {
+        "latent": "user", "init": "random", "init_hold_epochs": 0.5, "save_steps": 4, "gate_update": "gradient",
+        "cache_states": "off",
+    },
+    "zero3 branches": {
+        "latent": "user", "init": "random", "init_hold_epochs": 0.5, "save_steps": 2, "cache_states": "off",
+        "branch_depth": 1, "trunk": "lora", "m_step": "top",
     },
     "fsdp branches": {
         "latent": "user", "init": "random", "init_hold_epochs": 0.5, "save_steps": 2, "cache_states": "off",
@@ -137,6 +149,18 @@ def make_trainer(run_dir: Path, num_processes: int, **fields: Any) -> MixtureTra
     return trainer
 
 
+def use_deepspeed(stage: int, folder: Path) -> None:
+    """What `accelerate launch` would say; nothing is too small to be shared out."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled first, for a minute
+    zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+    auto = ("gradient_accumulation_steps", "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu")
+    file = folder / f"zero{stage}-{os.environ['RANK']}.json"
+    file.write_text(json.dumps({"zero_optimization": zero} | dict.fromkeys(auto, "auto")), encoding="utf-8")
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+
+
 def move(module: torch.nn.Module, generator: torch.Generator, by: float) -> None:
     """Adds noise to everything that trains."""
     start = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -179,7 +203,7 @@ def ended_with(trainer: MixtureTrainer) -> dict[str, torch.Tensor]:
     """Everything that decides what would come next."""
     found = {f"model.{name}": value for name, value in trainer._trained_tensors().items()}
     found |= {f"em.{name}": value for name, value in trainer.em.state_dict().items()}
-    for i, state in whole_optimizer_state(trainer.optimizer)["state"].items():
+    for i, state in trainer.placement.optimizer_state(trainer.optimizer)["state"].items():
         found |= {f"optimizer.{i}.{name}": torch.as_tensor(value) for name, value in state.items()}
     return {name: value.detach().clone().contiguous() for name, value in found.items()}
 
@@ -193,11 +217,22 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 def held_share(trainer: MixtureTrainer) -> float:
     """The share of all numbers of experts and base model, and of AdamW's moments, that this process holds."""
+    if isinstance(trainer.placement, Zero):
+        return held_share_of_zero(trainer)
     with whole(trainer.mixture.experts):  # an evaluation leaves some parts gathered
         pass
     moments = [m for state in trainer.optimizer.state.values() for m in state.values() if m.dim() > 0]
     tensors = [*trainer.mixture.experts.parameters(), *moments]
     return sum(own_part(t).numel() for t in tensors) / sum(t.numel() for t in tensors)
+
+
+def held_share_of_zero(trainer: MixtureTrainer) -> float:
+    """As `held_share`, from DeepSpeed's shares and flat tensors."""
+    parameters = list(trainer.mixture.experts.parameters())
+    if any(not hasattr(p, "ds_tensor") for p in parameters):  # stage 2 shares out moments alone
+        moments = [m for state in trainer.optimizer.optimizer.state.values() for m in state.values() if m.dim() > 0]
+        return sum(m.numel() for m in moments) / sum(2 * p.numel() for p in parameters if p.requires_grad)
+    return sum(p.ds_tensor.numel() for p in parameters) / sum(p.ds_numel for p in parameters)
 
 
 def history(trainer: MixtureTrainer) -> list[dict[str, float]]:
@@ -232,6 +267,8 @@ def work(folder: Path, name: str) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[2].startswith("zero"):
+        use_deepspeed(int(sys.argv[2][4]), Path(sys.argv[1]))
     for scenario in sys.argv[2:]:
         work(Path(sys.argv[1]), scenario)
     if torch.distributed.is_initialized():

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 import prefmix
+from prefmix.training.config import MixtureConfig
 from prefmix.training.options import validate_options
-from prefmix.training.processes import check_deepspeed, check_processes
+from prefmix.training.processes import check_processes
+from prefmix.training.zero import zero_problems
 
 PROFILES = sorted((Path(prefmix.__file__).parent / "training" / "profiles").glob("*.yaml"))
 
@@ -49,16 +51,26 @@ def test_profiles_are_what_accelerate_reads(profile: Path) -> None:
 
 
 def test_what_deepspeed_cannot_do_is_refused() -> None:
-    def accelerator(stage: int | None) -> Any:
-        plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
-        return SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    def problems(stage: int, **fields: Any) -> str:
+        known = {"expert_parallel": False, "expert_kind": "shared_base", "freeze_experts": [], "trunk": "frozen"}
+        return "\n".join(zero_problems(stage, cast(MixtureConfig, SimpleNamespace(**(known | fields)))))
 
-    check_deepspeed(accelerator(None), "epoch")
-    check_deepspeed(accelerator(2), "no")
-    with pytest.raises(ValueError, match="zero_stage=3: .* use sharding='fsdp2'"):
-        check_deepspeed(accelerator(3), "no")
-    with pytest.raises(ValueError, match="save_strategy='epoch' under DeepSpeed"):
-        check_deepspeed(accelerator(2), "epoch")
+    assert not problems(2) and not problems(3) and not problems(2, freeze_experts=[0], expert_kind="independent")
+    assert "start it with plain torchrun" in problems(2, expert_parallel=True)
+    assert "use expert_parallel=true" in problems(3, expert_kind="independent")
+    assert "use zero_stage=2" in problems(3, freeze_experts=[0])
+    assert "use trunk='lora'" in problems(3, trunk="full")
+
+
+def test_expert_parallel_options_that_cannot_work_are_refused() -> None:
+    independent: dict[str, Any] = {"expert_kind": "independent", "expert_parallel": True, "num_experts": 2}
+    validate_options(independent | {"num_processes": 2})
+    with pytest.raises(ValueError, match="start at most num_experts"):
+        validate_options(independent | {"num_processes": 3})
+    with pytest.raises(ValueError, match="each process has its device"):
+        validate_options(independent | {"expert_devices": ["cpu", "cpu"]})
+    with pytest.raises(ValueError, match="use expert_kind='independent'"):
+        validate_options({"expert_parallel": True})
 
 
 def test_what_cannot_be_sharded_is_refused() -> None:

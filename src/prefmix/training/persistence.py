@@ -266,6 +266,16 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
         assert self.optimizer is not None, "training has begun"
         return self.optimizer
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """As `Trainer`'s, which would look for a checkpoint of DeepSpeed's own."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self.placement.begin()
+        if resume_from_checkpoint is not None:
+            if self.is_deepspeed_enabled:  # nothing has been loaded yet: the engine has copies of the weights
+                self._load_from_checkpoint(resume_from_checkpoint)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
         self.placement.share_gradients()
 

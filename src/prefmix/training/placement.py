@@ -66,6 +66,18 @@ class AbstractPlacement(ABC):
         """Reads from a checkpoint what this process alone holds: moments into the optimizer, or weights without one."""
         return
 
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Sees the optimizer before anything is wrapped around it."""
+        return
+
+    def begin(self) -> None:
+        """Once mixture and optimizer are wrapped, before anything is loaded into them or stepped."""
+        return
+
+    def before_pass(self) -> None:
+        """Before every forward pass of training."""
+        return
+
     @abstractmethod
     def share_gradients(self) -> None:
         """Before the first step: starts all processes alike, and keeps gradients that they share alike."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from accelerate import Accelerator
-from transformers.trainer_utils import SaveStrategy
 
 from prefmix.experts.base_model import BaseModel
 from prefmix.experts.spread_experts import SpreadExperts
@@ -11,8 +10,8 @@ from prefmix.policy.mixture_model import MixtureModel
 from prefmix.training.config import MixtureConfig
 from prefmix.training.expert_parallel import Spread
 from prefmix.training.placement import AbstractPlacement, Whole
-from prefmix.training.processes import check_deepspeed
 from prefmix.training.sharding import Sharded
+from prefmix.training.zero import Zero, zero_problems
 
 
 def place(mixture: MixtureModel, accelerator: Accelerator, args: MixtureConfig, base: BaseModel) -> AbstractPlacement:
@@ -27,7 +26,12 @@ def place(mixture: MixtureModel, accelerator: Accelerator, args: MixtureConfig, 
     Raises:
         ValueError: a combination that cannot work.
     """
-    check_deepspeed(accelerator, SaveStrategy(args.save_strategy).value)
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        problems = zero_problems(plugin.zero_stage, args)
+        if problems:
+            raise ValueError("\n".join(problems))
+        return Zero(mixture, accelerator)
     if isinstance(mixture.experts, SpreadExperts):
         return Spread(mixture, accelerator, mixture.experts)
     if args.sharding == "fsdp2" and args.world_size > 1:

@@ -48,27 +48,6 @@ def check_processes(num_processes: int, expected: int | None, environment: Mappi
         raise ValueError(f"num_processes={expected}: this run has {num_processes} processes; {remedy}")
 
 
-def check_deepspeed(accelerator: Accelerator, save_strategy: str) -> None:
-    """Refuses what DeepSpeed cannot do here, before it fails in the middle of a run.
-
-    Raises:
-        ValueError: ZeRO-3, or checkpoints.
-    """
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is None:
-        return
-    if plugin.zero_stage > 2:
-        raise ValueError(
-            f"DeepSpeed zero_stage={plugin.zero_stage}: heads read the base model's output layer, which ZeRO-3 takes "
-            "apart; use sharding='fsdp2', or zero_stage 2"
-        )
-    if save_strategy != "no":
-        raise ValueError(
-            f"save_strategy={save_strategy!r} under DeepSpeed: its checkpoints are not those of a resumable run; use "
-            "save_strategy='no' (the policy is saved at the end), or sharding='fsdp2'"
-        )
-
-
 def needs_cpu(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether one of several processes finds no accelerator: only `use_cpu` makes them know of each other then."""
     return int(environment.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()

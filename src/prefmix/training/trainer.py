@@ -48,6 +48,7 @@ from prefmix.training.result import build_policy, gate_with_user_weights, identi
 from prefmix.training.starting_experts import FrozenExperts
 from prefmix.training.token_dropout import drop_tokens, undo_scale
 from prefmix.training.trl_arguments import refuse_arguments
+from prefmix.training.zero import load_models_whole
 
 
 class MixtureTrainer(AbstractCheckpointedTrainer):
@@ -106,6 +107,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
             raise ValueError("train_dataset=None: give rows, a file, a `datasets.Dataset` or a ComparisonTable")
         args = MixtureConfig("prefmix_output") if args is None else args
         check_processes(args.world_size, args.num_processes)
+        load_models_whole(args)
         self.base = setup.as_base_model(model, args, processing_class)
         tokenizer = setup.tokenizer_of(self.base)
         table = setup.as_table(train_dataset, tokenizer, args)
@@ -212,6 +214,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         """One forward and backward pass; gradients are looked at before clipping mixes them."""
         if self.args.expert_parallel:
             share_draws(self.accelerator)
+        self.placement.before_pass()
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self.guard.observe_gradients(self.mixture)
@@ -342,6 +345,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
             if gate:
                 groups.append({"params": gate, "weight_decay": 0.0, "lr": self.args.gate_learning_rate})
             self.optimizer = optimizer_class(groups, **options)
+            self.placement.watch(self.optimizer)
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
