@@ -211,7 +211,7 @@ class Measured(NamedTuple):
 
 
 def run(args: argparse.Namespace) -> str:
-    """Memory, gate, stages; the JSON file grows with every stage. Returns the tables."""
+    """Memory, gate, stages; returns the tables. The JSON file grows with every stage; Ctrl-C keeps whole stages."""
     with_trl = importlib.util.find_spec("trl") is not None
     if not with_trl:
         note("TRL is not installed (pip install 'trl==1.16.0'): nothing is compared with it")
@@ -226,15 +226,18 @@ def run(args: argparse.Namespace) -> str:
     note(f"gate passed: {json.dumps(measured.errors)}")
     _measure_peaks(measured.peaks)
     few = (args.repetitions + 1) // 2
-    for stage, contenders in plan.items():
-        repetitions = args.repetitions if stage in ("1:1", "4:1") else few
-        after_round = partial(_measure_peaks, measured.peaks)
-        measured.stages[stage] = run_stage(Plan(stage, contenders, args.pairs, repetitions, after_round), bases)
-        give_memory_back()
-        _write(measured, base, args.output)
-    for mix in ("1:1", *AGAINST_BOTH, "4:1") if 6 in args.only else ():
-        if mix.partition(" ")[0] in args.rows:
-            measured.prefixes[mix] = measure_prefix_sharing(base, mix, max(args.pairs // 2, 1), few, note)
+    try:
+        for mix in ("1:1", *AGAINST_BOTH, "4:1") if 6 in args.only else ():
+            if mix.partition(" ")[0] in args.rows:
+                measured.prefixes[mix] = measure_prefix_sharing(base, mix, max(args.pairs // 2, 1), few, note)
+        for stage, contenders in plan.items():
+            repetitions = args.repetitions if stage in ("1:1", "4:1") else few
+            after_round = partial(_measure_peaks, measured.peaks)
+            measured.stages[stage] = run_stage(Plan(stage, contenders, args.pairs, repetitions, after_round), bases)
+            give_memory_back()
+            _write(measured, base, args.output)
+    except KeyboardInterrupt:
+        note(f"stopped; whole are {', '.join(measured.stages)}")
     _write(measured, base, args.output)
     return measured.tables(base)
 
