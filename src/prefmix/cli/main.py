@@ -25,6 +25,7 @@ VERBS = {
     "simulate": "write rows of people with known tastes, and the truth beside them",
     "validate": "check rows of preferences, without loading a model",
     "probe": "find groups of users before training a single expert",
+    "choose_k": "choose the number of groups on users that are held out",
     "train": "train a mixture of expert policies from a recipe",
     "evaluate": "score a policy on held-out comparisons",
     "score": "write implicit rewards and preference probabilities of rows",

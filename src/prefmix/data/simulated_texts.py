@@ -90,9 +90,9 @@ def feature_pools(
 def argument_pools(*, max_words: int | None = 60, seed: int = 0) -> dict[str, TextPool]:
     """The arguments that the package ships (UKPConvArg1), with what can be counted in them.
 
-    `side`: which side of the debate; `length`: log words; `long words`: letters a word; `questions`, `commas`: log
-    (1 + count); `first person`: share of words. Each attribute is what the ones before it do not explain (Gram-Schmidt within
-    debates), so a taste for length is none for a side.
+    `side`: which side of the debate; `length`: log words; `long words`: letters a word; `questions`, `commas`:
+    log (1 + count); `first person`: share of words. Each attribute is what the ones before it do not explain
+    (Gram-Schmidt within debates), so a taste for length is none for a side.
 
     Args:
         max_words: leave longer arguments out.
