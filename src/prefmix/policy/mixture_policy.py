@@ -31,6 +31,7 @@ from prefmix.policy.preferences import (
     score_dicts,
 )
 from prefmix.policy.prompts import Prompt, is_single_prompt, prompt_list, prompt_token_ids
+from prefmix.policy.questions import Question, rank_questions
 from prefmix.policy.responses import left_pad, stream_response, write_responses
 from prefmix.policy.serialization import PolicyParts, read_policy, write_policy
 from prefmix.policy.text_scores import text_log_probs
@@ -251,6 +252,12 @@ class MixturePolicy:
         scores = beating_probability(rewards, log_weights, self.config.label_noise)
         order = torch.argsort(scores, descending=True, stable=True).tolist()
         return [Ranked(candidates[i], float(scores[i]), i) for i in order]
+
+    def next_question(
+        self, user: str | None, candidates: Sequence[Mapping[str, Any]], metadata: Metadata | None = None
+    ) -> Question:
+        """The candidate pair whose comparison would tell most about this user's expert; see `rank_questions`."""
+        return rank_questions(self, user, candidates, metadata)[0]
 
     # --- generation ---------------------------------------------------------------------------------------------------
     def generate(
