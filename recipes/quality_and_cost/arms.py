@@ -33,7 +33,7 @@ class Arm:
     rate_of: str | None = None
     more_rates: int = 0
     seeds: tuple[int, ...] = (0,)
-    epochs: int = 2
+    epochs: int = 1
     more_pairs: bool = False
     trl: bool = False
 
@@ -49,25 +49,25 @@ def all_arms() -> dict[str, Arm]:
     default = {"branch_depth": 0, "head": "hidden", "expert_rank": 16}
     arms = [
         _head("hidden", 16, low_rank),
-        _head("hidden", 4, hidden),
-        _head("hidden", 64, hidden),
-        _head("logit", 16, low_rank),
         _branch(4, 16, lora),
         _branch(EVERYWHERE, 16, lora),
         # The same model, loss and gradient as the arm above (tests/training/test_branches.py), so the same rate.
         Arm("TRL LoRA, r=16", "TRL", rate_of=everywhere, trl=True),
         _head("full", 0, full),
         _branch(2, 16, blocks),
+        _head("logit", 16, low_rank),
+        _head("hidden", 4, hidden),
+        _head("hidden", 64, hidden),
         Arm(f"{hidden}, 4x the pairs", "head: more steps", default, rate_of=hidden, seeds=(0, 1), more_pairs=True),
+        Arm(f"{hidden}, 4 epochs", "head: more steps", default, rate_of=hidden, seeds=(0, 1), epochs=4),
         _branch(4, 64, blocks),
+        _branch(4, 4, blocks),
         _head("logit", 64, "head, logit, r=16"),
         _head("logit", 4, "head, logit, r=16"),
-        Arm(f"{hidden}, 8 epochs", "head: more steps", default, rate_of=hidden, seeds=(0, 1), epochs=8),
-        _branch(4, 4, blocks),
-        _branch(EVERYWHERE, 64, everywhere),
-        _branch(EVERYWHERE, 4, everywhere),
         _branch(2, 64, blocks),
         _branch(2, 4, blocks),
+        _branch(EVERYWHERE, 64, everywhere),
+        _branch(EVERYWHERE, 4, everywhere),
     ]
     return {arm.name: arm for arm in arms}
 

@@ -23,15 +23,17 @@ from films import load_films, mean_ratings
 from runs import (
     Workplace,
     products_per_second,
+    read_states,
+    reads_states,
     reference_logits,
     score,
     state_of,
-    states_of_training_rows,
+    states_name,
     train,
     with_state,
 )
 from safetensors.torch import load_file, save_file
-from tables import judge, table_text, write_pictures
+from tables import best_scale, judge, table_text, write_pictures
 
 from prefmix.experts.base_model import load_base
 
@@ -68,7 +70,8 @@ class Study:
         """
         self._place, self._output = place, output
         self._end = time.process_time() + max_seconds
-        self.results: dict[str, Any] = {"settings": settings, "rows": _rows_in_words(place), "runs": {}, "chosen": {}}
+        self.results: dict[str, Any] = {"settings": settings, "rows": _rows_in_words(place), "runs": {}}
+        self.results |= {"chosen": {}, "reading_seconds": {}}
         if output.is_file():
             found = json.loads(output.read_text(encoding="utf-8"))
             if (found["settings"], found["rows"]) != (settings, self.results["rows"]):
@@ -76,14 +79,16 @@ class Study:
             self.results = found
 
     def start(self) -> None:
-        """What every arm is compared with, and the cost of reading states."""
-        if "reading_seconds" not in self.results:
-            self.results["reading_seconds"] = [states_of_training_rows(every, self._place) for every in (False, True)]
+        """What every arm is compared with."""
+        if "baselines" not in self.results:
             self.results["baselines"] = self._baselines()
             self._write()
 
     def train_arm(self, arm: Arm) -> bool:
         """All runs of an arm, and the test scores of those at the chosen rate; false where the time is over."""
+        reading = self.results["reading_seconds"]
+        if reads_states(arm) and states_name(arm) not in reading:
+            reading[states_name(arm)] = round(read_states(arm, self._place), 2)
         rate = self.results["chosen"].get(arm.rate_of) if arm.rate_of else self._choose_rate(arm)
         if rate is None:
             return False
@@ -91,7 +96,7 @@ class Study:
         return all(self._find(Run(arm, rate, seed), scored=True) is not None for seed in arm.seeds)
 
     def _choose_rate(self, arm: Arm) -> float | None:
-        """The rate with the lowest log-loss on validation pairs, with the arm's first seed."""
+        """The rate with the lowest (scaled) log-loss on validation pairs, with the arm's first seed."""
         rates, losses = list(arm.rates), {}
         further = arm.more_rates
         while True:
@@ -116,7 +121,9 @@ class Study:
             record = self._train(run, states)
         if scored and "test" not in record:
             experts = with_state(record["experts"], load_file(str(states)), self._place)
-            record["test"] = self._judged(score(experts, self._place.films.test, self._place), keep=True)
+            margins = score(experts, self._place.films.test, self._place)
+            record["test"] = judge(margins, record["validation"]["scale"]).to_dict()
+            record["test"]["margins"] = [round(float(margin), 4) for margin in margins]
             self._write()
             states.unlink()
         return record
@@ -125,14 +132,15 @@ class Study:
         before = products_per_second()
         trained = train(run.arm, run.rate, run.seed, self._place)
         speed = [round(before, 1), round(products_per_second(), 1)]
-        validation = self._place.films.validation
+        margins = score(trained.experts, self._place.films.validation, self._place)
+        scale = best_scale(margins)
         record = {
             "loop_seconds": round(trained.seconds, 2),
             "products_gf_per_cpu_second": speed,
             "steps": trained.steps,
             "parameters": trained.parameters,
             "experts": trained.experts.describe(),
-            "validation": judge(score(trained.experts, validation, self._place)).to_dict(),
+            "validation": judge(margins, scale).to_dict() | {"scale": scale},
         }
         states.parent.mkdir(parents=True, exist_ok=True)
         save_file(state_of(trained.experts), str(states))
@@ -155,11 +163,7 @@ class Study:
             "the older film": np.array(older),
             "the film with the higher mean rating": np.array(popular),
         }
-        return {name: round(judge(values).accuracy, 5) for name, values in logits.items()}
-
-    def _judged(self, margins: np.ndarray, keep: bool) -> dict[str, Any]:
-        found = judge(margins).to_dict()
-        return found | ({"margins": [round(float(value), 4) for value in margins]} if keep else {})
+        return {name: round(judge(values, 1.0).accuracy, 5) for name, values in logits.items()}
 
     def _write(self) -> None:
         self._output.parent.mkdir(parents=True, exist_ok=True)
@@ -216,8 +220,8 @@ def _year(film: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Held-out accuracy against CPU seconds for every kind of expert.")
     parser.add_argument("--model", default="smollm2", help="base model")
-    parser.add_argument("--training-pairs", type=int, default=300, help="of every arm")
-    parser.add_argument("--more-pairs", type=int, default=1200, help="of heads that train on more")
+    parser.add_argument("--training-pairs", type=int, default=500, help="of every arm")
+    parser.add_argument("--more-pairs", type=int, default=2000, help="of heads that train on more")
     parser.add_argument("--max-held-out", type=int, help="at most so many validation and test pairs")
     parser.add_argument("--split-seed", type=int, default=0)
     parser.add_argument("--arms", nargs="+", help="these models only")

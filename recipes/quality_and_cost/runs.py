@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,11 +101,10 @@ def train(arm: Arm, rate: float, seed: int, place: Workplace) -> Trained:
     return _train_trl(arm, rate, seed, place) if arm.trl else _train_ours(arm, rate, seed, place)
 
 
-def states_of_training_rows(more_pairs: bool, place: Workplace) -> float:
+def read_states(arm: Arm, place: Workplace) -> float:
     """Reads the training texts of heads once, and keeps their states; CPU seconds."""
-    rows = place.films.many if more_pairs else place.films.few
-    table = tokenize_rows(rows, place.base.tokenizer, progress=False)
-    cache = _cache_of(more_pairs, place)
+    table = tokenize_rows(_rows_of(arm, place), place.base.tokenizer, progress=False)
+    cache = place.folder / states_name(arm)
     shutil.rmtree(cache, ignore_errors=True)
     start = time.process_time()
     build_trunk_states(place.base, table.texts, cache_dir=cache, progress=False)
@@ -168,13 +167,12 @@ def _train_ours(arm: Arm, rate: float, seed: int, place: Workplace) -> Trained:
         num_train_epochs=arm.epochs,
         seed=seed,
         overwrite_output_dir=True,
-        cache_dir=str(_cache_of(arm.more_pairs, place)),
+        cache_dir=str(place.folder / states_name(arm)),
         bf16=False,
         **SHARED,
         **arm.options,
     )
-    rows = place.films.many if arm.more_pairs else place.films.few
-    trainer = TrainerWithoutPolicy(place.base, args, train_dataset=rows, callbacks=[clock])
+    trainer = TrainerWithoutPolicy(place.base, args, train_dataset=_rows_of(arm, place), callbacks=[clock])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     shutil.rmtree(folder, ignore_errors=True)
@@ -214,6 +212,10 @@ def _train_trl(arm: Arm, rate: float, seed: int, place: Workplace) -> Trained:
     return Trained(experts, clock.seconds, trainer.state.global_step, _trained_numbers(trainer))
 
 
+def _rows_of(arm: Arm, place: Workplace) -> list[dict[str, Any]]:
+    return place.films.many if arm.more_pairs else place.films.few
+
+
 def _description(branch_depth: int, rank: int) -> dict[str, Any]:
     return {"kind": "branched", "num_experts": 1, "branch_depth": branch_depth, "head": "none", "rank": rank}
 
@@ -222,16 +224,22 @@ def _trained_numbers(trainer: Any) -> int:
     return sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
 
 
-def _cache_of(more_pairs: bool, place: Workplace) -> Path:
-    return place.folder / ("states_of_more_pairs" if more_pairs else "states")
-
-
-def cost(arm: Arm, seconds: float, reading: Sequence[float]) -> float:
+def cost(arm: Arm, seconds: float, reading: Mapping[str, float]) -> float:
     """CPU seconds of a run: of the loop, and for heads of reading the trunk's states before the first epoch.
 
     Args:
         arm: what ran.
         seconds: of the loop.
-        reading: CPU seconds of reading the states of the few and of more pairs.
+        reading: CPU seconds of reading the states of the few and of more rows, by `states_name`.
     """
-    return seconds + (reading[arm.more_pairs] if arm.options.get("branch_depth") == 0 else 0.0)
+    return seconds + (reading[states_name(arm)] if reads_states(arm) else 0.0)
+
+
+def reads_states(arm: Arm) -> bool:
+    """Whether an arm trains on cached states of the trunk."""
+    return arm.options.get("branch_depth") == 0
+
+
+def states_name(arm: Arm) -> str:
+    """Which rows' states an arm reads."""
+    return "states_of_more_pairs" if arm.more_pairs else "states"

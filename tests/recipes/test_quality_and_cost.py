@@ -72,7 +72,7 @@ def test_recipe_trains_all_kinds_and_goes_on_where_it_stopped(
     written = (tmp_path / "results.json").read_text(encoding="utf-8")
     assert str(tmp_path) not in written
     record = results["runs"][f"{TRL}, rate {results['chosen'][TRL]:g}, seed 0"]
-    assert record["steps"] == 2 * int(np.ceil(results["rows"]["training_pairs"] / 4))
+    assert record["steps"] == results["rows"]["training_pairs"] // 4
     assert len(record["test"]["margins"]) == results["rows"]["test_pairs"]
     assert any(margin != 0 for margin in record["test"]["margins"])
     for name in ("accuracy", "log-loss"):
@@ -115,12 +115,21 @@ def test_interval_is_wide_where_one_film_decides_and_narrow_where_no_film_matter
     assert over_films(np.ones(len(films)), films).se == pytest.approx(0, abs=1e-12)
 
 
-def test_loss_of_a_pair_is_the_logistic_of_its_margin(recipe: Callable[[str], ModuleType]) -> None:
+def test_loss_of_a_pair_is_the_logistic_of_its_scaled_margin(recipe: Callable[[str], ModuleType]) -> None:
     tables = recipe("tables")
-    found = tables.scores(np.array([1.0, -2.0, 0.0]))
+    found = tables.scores(np.array([1.0, -2.0, 0.0]), scale=3.0)
     np.testing.assert_array_equal(found.hits, [1, 0, 0.5])
-    np.testing.assert_allclose(found.losses, np.log1p(np.exp([-1.0, 2.0, 0.0])))
-    assert tables.judge(np.zeros(2)) == pytest.approx((0.5, np.log(2)))
+    np.testing.assert_allclose(found.losses, np.log1p(np.exp([-3.0, 6.0, 0.0])))
+    assert tables.judge(np.zeros(2), 1.0) == pytest.approx((0.5, np.log(2), np.log(2)))
+
+
+def test_scale_undoes_margins_that_are_too_sure_and_silences_wrong_ones(recipe: Callable[[str], ModuleType]) -> None:
+    tables, rng = recipe("tables"), np.random.default_rng(0)
+    margins = rng.normal(size=20_000)
+    margins *= np.where(rng.random(20_000) < 1 / (1 + np.exp(-margins)), 1, -1)  # calibrated as they are
+    assert tables.best_scale(50 * margins) == pytest.approx(1 / 50, rel=0.05)
+    assert tables.best_scale(-np.abs(margins)) == pytest.approx(0, abs=1e-4)
+    assert tables.best_scale(np.zeros(3)) == 0
 
 
 @pytest.mark.parametrize(("best", "tried"), [(1e-3, {3e-4, 1e-3, 3e-3}), (1e-1, {3e-4, 1e-3, 3e-3, 9e-3})])
