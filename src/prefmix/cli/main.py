@@ -24,6 +24,7 @@ VERBS = {
     "init": "write a commented recipe.yaml",
     "simulate": "write rows of people with known tastes, and the truth beside them",
     "validate": "check rows of preferences, without loading a model",
+    "diagnose": "what rows can and cannot tell before training, and what went wrong after it",
     "probe": "find groups of users before training a single expert",
     "choose_k": "choose the number of groups on users that are held out",
     "train": "train a mixture of expert policies from a recipe",
