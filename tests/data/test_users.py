@@ -31,8 +31,8 @@ def test_under_user_rows_share_their_users_group_and_anonymous_rows_stand_alone(
 
 
 def test_another_latent_is_refused(table):
-    with pytest.raises(ValueError, match="latent='membership' is not known"):
-        latent_groups(table, "membership")
+    with pytest.raises(ValueError, match="latent='both' is not known"):
+        latent_groups(table, "both")
 
 
 TRAINING = [

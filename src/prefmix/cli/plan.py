@@ -79,7 +79,7 @@ def _latent(values: dict[str, Any], report: ValidationReport) -> str:
 def _check_gate(values: dict[str, Any], report: ValidationReport) -> None:
     if "metadata" not in values.get("gate", ["global"]):
         return
-    per_comparison = _latent(values, report).startswith("pair")
+    per_comparison = not _latent(values, report).startswith("user")
     if not any(per_comparison or name.startswith("user_") for name in report.metadata_fields):
         raise ValueError(
             f"gate={values['gate']}: the term 'metadata' needs fields in the column 'metadata' ('user_*' ones where "

@@ -17,24 +17,24 @@ from prefmix.data.schema import USER_FIELD_PREFIX
 MAX_CATEGORIES = 64
 
 
-def latent_groups(table: ComparisonTable, latent: Literal["pair", "user"]) -> np.ndarray:
+def latent_groups(table: ComparisonTable, latent: Literal["pair", "user", "membership"]) -> np.ndarray:
     """[B] int64: which latent variable each comparison shares.
 
-    `pair`: group i is row i, G = B. `user`: group u is user u of `table.users`, and each row without a user is a group
-    of its own after them, G = U + rows without a user. Users without a row in this table keep their (empty) group, so
-    that the index means the same for training and evaluation.
+    `pair`: group i is row i, G = B. `user` and `membership`: group u is user u of `table.users`, and each row without a
+    user is a group of its own after them, G = U + rows without a user. Users without a row in this table keep their
+    (empty) group, so that the index means the same for training and evaluation.
     """
     if latent == "pair":
         return np.arange(len(table), dtype=np.int64)
-    if latent != "user":
-        raise ValueError(f"latent={latent!r} is not known. Use 'pair' or 'user'.")
+    if latent not in ("user", "membership"):
+        raise ValueError(f"latent={latent!r} is not known. Use 'pair', 'user' or 'membership'.")
     anonymous = table.user < 0
     group = table.user.astype(np.int64, copy=True)
     group[anonymous] = len(table.users) + np.arange(anonymous.sum())
     return group
 
 
-def num_latent_groups(table: ComparisonTable, latent: Literal["pair", "user"]) -> int:
+def num_latent_groups(table: ComparisonTable, latent: Literal["pair", "user", "membership"]) -> int:
     """G of `latent_groups`, empty groups of users without a row included."""
     return len(table) if latent == "pair" else len(table.users) + int((table.user < 0).sum())
 

@@ -21,7 +21,12 @@ from prefmix.evaluation.metrics import Agreement, accuracy, agreement, usage
 from prefmix.evaluation.new_users import split_context
 from prefmix.evaluation.report import EvaluationReport, Figures, figures
 from prefmix.evaluation.scoring import Predictions, RowScores, States, predict, reference_predictions, score_rows
-from prefmix.evaluation.weights import context_log_weights, known_user_log_weights, personalises
+from prefmix.evaluation.weights import (
+    context_log_weights,
+    known_user_log_weights,
+    personalises,
+    population_log_weights,
+)
 from prefmix.mixture.posterior import posterior
 
 if TYPE_CHECKING:
@@ -86,7 +91,7 @@ def evaluate(
         log_weights, known = _one_hot_groups(table, policy.config.num_experts), np.ones(len(table), bool)
     predictions = {
         "reference": reference_predictions(scores),
-        "population": predict(scored.gate_log_weights, scores),
+        "population": predict(population_log_weights(gate, scored.gate_log_weights), scores),
         "personalised": predict(log_weights, scores),
     }
     everything = np.ones(len(table), bool)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefmix.mixture.gates import Gate
+from prefmix.mixture.membership import MembershipRows
 from prefmix.mixture.posterior import group_log_lik
 from prefmix.policy.personalization import map_user_offsets
 from prefmix.policy.user_state import UserState
@@ -18,7 +19,19 @@ from prefmix.policy.user_state import UserState
 
 def personalises(latent: str, gate: Gate) -> bool:
     """Whether a user's comparisons say anything about that user's other comparisons under this model."""
-    return latent == "user" or "user" in gate.terms
+    return latent in ("user", "membership") or "user" in gate.terms
+
+
+def population_log_weights(gate: Gate, gate_log_weights: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
+    """[B, K] weights for somebody unknown: the gate, and under `membership` its mean over z ~ N(0, I).
+
+    Args:
+        gate: the policy's gate.
+        gate_log_weights: [B, K] what its terms say of each row.
+    """
+    if gate.membership is None:
+        return gate_log_weights.double()
+    return gate.membership.predictive(gate_log_weights, gate.membership.prior(len(gate_log_weights)))
 
 
 def known_user_log_weights(
@@ -36,6 +49,8 @@ def known_user_log_weights(
         gate_log_weights: [B, K] the gate for an unknown user.
         user: [B] index into `users`, -1 where unknown.
     """
+    if gate.membership is not None:
+        return gate.membership.predictive(gate_log_weights, users.q(user.tolist(), gate.membership.dim))
     known = torch.from_numpy(user >= 0)
     index = torch.from_numpy(np.where(user >= 0, user, 0))
     if len(users) == 0 or not known.any() or not personalises(latent, gate):
@@ -61,7 +76,8 @@ def context_log_weights(
 ) -> Float[Tensor, "B K"]:
     """Weights of rows whose users show C context comparisons and nothing else: no training.
 
-    Closed form under `user`; the MAP weights by EM under `pair` with a `user` term; the gate without context.
+    Closed form under `user`; the MAP weights by EM under `pair` with a `user` term; one pass of the encoder or a small
+    fit under `membership`; the gate without context.
 
     Args:
         gate: the policy's gate.
@@ -75,6 +91,11 @@ def context_log_weights(
     """
     num_users = int(max(user.max(initial=-1), context_user.max(initial=-1))) + 1
     weight = torch.from_numpy(context_weight).double()
+    if gate.membership is not None:
+        person = torch.from_numpy(context_user)
+        rows = MembershipRows(context_gate_log_weights, context_log_lik, person, weight, num_users)
+        q = gate.membership.learn(rows)
+        return gate.membership.predictive(gate_log_weights, q.select(torch.from_numpy(user)))
     if latent == "user":
         offsets = group_log_lik(context_log_lik, torch.from_numpy(context_user), num_users, weight)
     else:

@@ -33,7 +33,7 @@ def widened(gate: Gate, weight: float) -> Gate:
         weight: w, above 0 and below 1.
 
     Raises:
-        ValueError: a weight outside of (0, 1).
+        ValueError: a weight outside of (0, 1), or a gate of continuous groups.
     """
     if not 0 < weight < 1:
         raise ValueError(f"weight={weight}: the new expert's share of the mixture, above 0 and below 1")
@@ -62,6 +62,9 @@ def narrowed(gate: Gate, expert: int) -> Gate:
     Args:
         gate: K experts, two or more; not changed.
         expert: k.
+
+    Raises:
+        ValueError: a gate of continuous groups.
     """
     kept = _others(gate.num_experts, expert).to(gate.population_log_weights().device)
     state = _start(gate)
@@ -80,6 +83,11 @@ def _others(num_experts: int, expert: int) -> Int[Tensor, "K_1"]:
 
 
 def _start(gate: Gate) -> dict[str, Tensor]:
+    if gate.membership is not None:
+        raise ValueError(
+            "latent='membership': the weights of users lie in a space made for these experts; train again with another "
+            "num_experts, or use latent='user'"
+        )
     return {name: value for name, value in gate.state_dict().items() if name in _FIXED}
 
 

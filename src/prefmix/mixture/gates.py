@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from prefmix.mixture.membership_network import MembershipNetwork
 from prefmix.mixture.precision import at_least_float32
 from prefmix.mixture.priors import check_alpha, dirichlet_log_density, map_log_weights
 
@@ -50,6 +51,7 @@ class Gate(nn.Module):
     no_global: Tensor
     prompt_mean: Tensor
     prompt_scale: Tensor
+    membership: MembershipNetwork | None
 
     def __init__(
         self,
@@ -62,6 +64,9 @@ class Gate(nn.Module):
         update: str = "closed_form",
         alpha: float = 1.0,
         user_strength: float | None = None,
+        membership_dim: int = 0,
+        membership_encoder: int = 0,
+        seed: int = 0,
     ) -> None:
         """Builds a uniform gate.
 
@@ -75,6 +80,9 @@ class Gate(nn.Module):
             alpha: Dirichlet concentration of the global weights, at least 1 (flat).
             user_strength: c, pseudo-comparisons that pull a user's weights to the global ones, in total. None means K,
                 one for each expert: enough that a user with two comparisons does not become one-hot.
+            membership_dim: d of `latent="membership"`, whose loading lives here; 0 under the other latents.
+            membership_encoder: hidden units of its encoder of users; 0: none.
+            seed: of the loading.
 
         Raises:
             ValueError: an unknown or repeated term, an unknown update, alpha < 1, or a missing size.
@@ -96,6 +104,10 @@ class Gate(nn.Module):
             self.user = nn.Parameter(torch.zeros(num_users, num_experts))
         if "metadata" in terms:
             self.metadata = _zero_linear(metadata_dim, num_experts)
+        membership = (
+            MembershipNetwork(num_experts, membership_dim, membership_encoder, seed) if membership_dim else None
+        )
+        self.membership = membership
 
     @property
     def is_global(self) -> bool:
@@ -150,6 +162,7 @@ class Gate(nn.Module):
         """Log density of the gate's weights, counted once for the whole training set, nats.
 
             log Dirichlet(w_global | alpha) + sum_u log Dirichlet(softmax(global + user[u]) | 1 + c w_global)
+            + log N(A | 0, 9) under `latent="membership"`
 
         EM's objective is sum_i ELBO_i + log_prior. The loss is a mean over row weights, so a step subtracts
         `log_prior() / total_weight`, with total_weight the summed row weight of the whole training set: then the mean
@@ -162,7 +175,7 @@ class Gate(nn.Module):
         if "user" in self.terms:
             rows = torch.log_softmax(self._global_logits() + at_least_float32(self.user), dim=-1)
             total = total + dirichlet_log_density(rows, self.user_concentration()).sum()
-        return total
+        return total if self.membership is None else total + self.membership.log_prior()
 
     def user_concentration(self) -> Float[Tensor, "K"]:
         """Dirichlet concentration of a user's weights, 1 + c w_global: its mode is the global weights."""
@@ -201,7 +214,14 @@ class Gate(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready keyword arguments of the constructor."""
-        return {
+        membership = {}
+        if self.membership is not None:
+            encoder = self.membership.encoder
+            membership = {
+                "membership_dim": self.membership.dim,
+                "membership_encoder": 0 if encoder is None else encoder.hidden,
+            }
+        return membership | {
             "num_experts": self.num_experts,
             "terms": list(self.terms),
             "num_users": len(self.user) if "user" in self.terms else 0,

@@ -33,6 +33,8 @@ Combination = Literal["mixture", "log_linear"]
 COMBINATIONS: tuple[Combination, ...] = ("mixture", "log_linear")
 # Variance over users of the q means below which a dimension carries nothing (Burda et al. 2016).
 ACTIVE_VARIANCE = 0.01
+# Prior variance of an entry of A: logits of +-6 are within two standard deviations.
+LOADING_VARIANCE = 9.0
 
 
 class GaussianQ(NamedTuple):

@@ -23,6 +23,7 @@ from torch.nn.functional import logsigmoid
 
 from prefmix.mixture.linear_em import WEIGHT_CONCENTRATION, LinearEM, ProbeData, fit_linear_em
 from prefmix.mixture.membership import (
+    LOADING_VARIANCE,
     Combination,
     GaussianQ,
     MembershipRows,
@@ -34,9 +35,6 @@ from prefmix.mixture.membership import (
     standard_draws,
 )
 from prefmix.mixture.membership_fit import fit_users
-
-# Prior variance v of an entry of A: logits of +-6 are within two standard deviations.
-LOADING_VARIANCE = 9.0
 
 
 class LinearMembership(NamedTuple):

@@ -130,10 +130,7 @@ def fit_encoder(
     learning_rate: float = 5e-3,
     generator: torch.Generator | None = None,
 ) -> UserEncoder:
-    """Trains an encoder at given experts: the mean bound of users of whom a random part is seen.
-
-    Each step draws users and keeps a share of each one's comparisons, a new share between 0 and 1 for each user: so the
-    encoder meets every number of comparisons, none included, and each part has a bound of its own.
+    """A new encoder for given experts; see `train_encoder`.
 
     Args:
         rows: comparisons of the training users.
@@ -151,6 +148,32 @@ def fit_encoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
         encoder = UserEncoder(loading.shape[0], loading.shape[1], hidden).to(loading)
+    train_encoder(
+        encoder, rows, log_lik, loading, combine, steps=steps, users_per_step=users_per_step, samples=samples,
+        learning_rate=learning_rate, generator=generator,
+    )  # fmt: skip
+    return encoder.eval()
+
+
+def train_encoder(
+    encoder: UserEncoder,
+    rows: MembershipRows,
+    log_lik: Float[Tensor, "B K"],
+    loading: Float[Tensor, "K d"],
+    combine: Combination,
+    *,
+    steps: int,
+    users_per_step: int,
+    samples: int,
+    learning_rate: float,
+    generator: torch.Generator,
+) -> None:
+    """Trains an encoder at given experts: the mean bound of users of whom a random part is seen.
+
+    Each step draws users and keeps a share of each one's comparisons, a new share between 0 and 1 for each user: so the
+    encoder meets every number of comparisons, none included, and each part has a bound of its own. Arguments are those
+    of `fit_encoder`; no gradient is left behind.
+    """
     optimizer = torch.optim.Adam(encoder.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
@@ -163,7 +186,7 @@ def fit_encoder(
         (-bound).backward()
         optimizer.step()
         schedule.step()
-    return encoder.eval()
+    optimizer.zero_grad()
 
 
 def _part_of_users(

@@ -8,11 +8,29 @@ Source: Neal & Hinton 1998, "A view of the EM algorithm that justifies increment
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from prefmix.mixture.precision import at_least_float32
+
+
+class GroupRows(NamedTuple):
+    """C rows of M groups, with what is kept of them.
+
+    Attributes:
+        row: [C] positions in the training set.
+        segment: [C] which of the M groups, 0..M-1.
+        log_lik: [C, K] last log-likelihoods, nats.
+        weight: [C] a_i.
+    """
+
+    row: Int[Tensor, "C"]
+    segment: Int[Tensor, "C"]
+    log_lik: Float[Tensor, "C K"]
+    weight: Float[Tensor, "C"]
 
 
 class UserEvidence:
@@ -86,6 +104,17 @@ class UserEvidence:
         sums = torch.zeros(self.num_groups, self.num_experts, dtype=torch.float64, device=self.table.device)
         return sums.index_add_(0, self._group, self.table.double() * self._weight.unsqueeze(1)).float()
 
+    def rows_of(self, group: Int[Tensor, "M"]) -> GroupRows:
+        """The visited rows of some groups, wherever they stand in the training set.
+
+        Args:
+            group: [M] distinct groups.
+        """
+        assert not self.per_pair, "under latent='pair' no evidence is kept between batches"
+        rows, segment = self._rows_of(group)
+        seen = self.visited[rows]
+        return GroupRows(rows[seen], segment[seen], self.table[rows[seen]], self._weight[rows[seen]])
+
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs: `table` and `visited` (empty under `per_pair`)."""
         return {"table": self.table.clone(), "visited": self.visited.clone()}
@@ -106,11 +135,15 @@ class UserEvidence:
 
     def _sums(self, touched: Int[Tensor, "M"]) -> Float[Tensor, "M K"]:
         """Fresh float64 sums over all rows of the groups `touched`."""
+        rows, segment = self._rows_of(touched)
+        contribution = self.table[rows].double() * self._weight[rows].unsqueeze(1)
+        sums = torch.zeros(len(touched), self.num_experts, dtype=torch.float64, device=rows.device)
+        return sums.index_add_(0, segment, contribution)
+
+    def _rows_of(self, touched: Int[Tensor, "M"]) -> tuple[Int[Tensor, "C"], Int[Tensor, "C"]]:
+        """All rows of the groups `touched`, group after group, and which of them (0..M-1) each belongs to."""
         size = self._size[touched]
         segment = torch.repeat_interleave(torch.arange(len(touched), device=size.device), size)
         first = torch.cumsum(size, dim=0) - size
         offset = torch.arange(len(segment), device=size.device) - first[segment]
-        rows = self._rows[self._start[touched][segment] + offset]
-        contribution = self.table[rows].double() * self._weight[rows].unsqueeze(1)
-        sums = torch.zeros(len(touched), self.num_experts, dtype=torch.float64, device=size.device)
-        return sums.index_add_(0, segment, contribution)
+        return self._rows[self._start[touched][segment] + offset], segment

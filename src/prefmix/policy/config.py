@@ -16,7 +16,7 @@ class PolicyConfig:
 
     Attributes:
         beta: K values, the beta_k of the implicit reward r_k = beta_k (log pi_k - log pi_ref).
-        latent: what carries one expert, a comparison (`pair`) or a user (`user`).
+        latent: what carries one expert, a comparison (`pair`) or a user (`user`), or users who blend (`membership`).
         base_source: hub name or folder of the base model; `./base` where the policy folder holds a copy.
         base_sha256: hash of the base model's content; another base is refused.
         label_noise: e in p = (1-e) sigmoid(m) + e sigmoid(-m).
@@ -34,7 +34,7 @@ class PolicyConfig:
     """
 
     beta: tuple[float, ...]
-    latent: Literal["pair", "user"]
+    latent: Literal["pair", "user", "membership"]
     base_source: str
     base_sha256: str
     label_noise: float = 0.0
@@ -51,8 +51,10 @@ class PolicyConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "beta", tuple(float(beta) for beta in self.beta))
-        if self.latent not in ("pair", "user"):
-            raise ValueError(f"latent={self.latent!r}: a trained policy has 'pair' or 'user' ('auto' is for training)")
+        if self.latent not in ("pair", "user", "membership"):
+            raise ValueError(
+                f"latent={self.latent!r}: a trained policy has 'pair', 'user' or 'membership' ('auto' is for training)"
+            )
         if not all(beta > 0 for beta in self.beta) or not self.beta:
             raise ValueError(f"beta={list(self.beta)}: give one positive number for each expert")
         if not 0 <= self.label_noise < 0.5:

@@ -140,7 +140,8 @@ class MixturePolicy:
     ) -> Float[Tensor, "K"]:
         """The weights that the policy uses: the posterior of a known user, the gate otherwise.
 
-            latent="user":  w_k proportional to gate_k prod_{i of user} p_k(y_w > y_l)
+            latent="user":        w_k proportional to gate_k prod_{i of user} p_k(y_w > y_l)
+            latent="membership":  w_k = E_q softmax_k(gate + A z), q(z) of the user, N(0, I) where unknown
 
         Warns:
             UserWarning: a name that this policy does not know gets the population's weights.
@@ -151,7 +152,8 @@ class MixturePolicy:
         """Learns a user's weights from comparisons, without training; returns them.
 
         Under `latent="user"` this is the exact posterior; under `latent="pair"` with a `user` gate term the maximum a
-        posteriori weights. Evidence is added to what is known of the user: the same rows given twice count twice.
+        posteriori weights; under `latent="membership"` one pass of the encoder, or a small fit. Evidence is added to
+        what is known of the user: the same rows given twice count twice.
 
         Args:
             user: a new or known name; a `user` column in the rows is not read.
@@ -181,9 +183,12 @@ class MixturePolicy:
 
     @torch.no_grad()
     def table_gate_log_weights(self, table: ComparisonTable) -> Float[Tensor, "B K"]:
-        """[B, K] log w of a table's comparisons, every user taken as unknown; float64."""
+        """[B, K] log w of a table's comparisons by the gate's terms, every user taken as unknown; float64.
+
+        Under `latent="membership"` this is at z = 0: `evaluation.weights` takes the mean over z.
+        """
         prompts = [table.texts.prompts[i] for i in table.prompt]
-        return self._user_weights().gate(prompts, [None] * len(table), list(table.metadata))
+        return self._user_weights().gate_terms(prompts, list(table.metadata))
 
     # --- texts --------------------------------------------------------------------------------------------------------
     def log_prob(

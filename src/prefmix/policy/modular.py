@@ -264,6 +264,11 @@ def _changed(
 
 
 def _check_expert(policy: MixturePolicy, expert: int) -> None:
+    if policy.config.latent == "membership":
+        raise ValueError(
+            "latent='membership': where users stand was learned for these experts; train again with the others, or use "
+            "latent='user'"
+        )
     if not 0 <= expert < policy.config.num_experts:
         raise ValueError(f"expert={expert}: this policy has experts 0 to {policy.config.num_experts - 1}")
 

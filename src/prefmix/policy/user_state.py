@@ -1,6 +1,6 @@
 """What a policy knows of each user: accumulated evidence about their expert, and how many comparisons they gave.
 
-Legend: U users, K experts.
+Legend: U users, K experts, d latent dimensions.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from prefmix.mixture.membership import GaussianQ
 
 
 @dataclass
@@ -26,16 +28,22 @@ class UserState:
         log_lik: [U, K] sum over the user's comparisons of weight * log p_k, nats. The posterior under
             `latent="user"` is softmax(gate + log_lik). Not read under `latent="pair"`.
         count: [U] sum of the weights of the user's comparisons.
+        mean: [U, d] mean of q(z_u) under `latent="membership"`; d = 0 under the others.
+        log_std: [U, d] log of its standard deviations.
     """
 
     names: list[str]
     log_lik: Float[Tensor, "U K"]
     count: Float[Tensor, "U"]
+    mean: Float[Tensor, "U d"] | None = None
+    log_std: Float[Tensor, "U d"] | None = None
 
     def __post_init__(self) -> None:
         self.names = [str(name) for name in self.names]
         self.log_lik = self.log_lik.detach().to("cpu", torch.float64)
         self.count = self.count.detach().to("cpu", torch.float64)
+        if self.mean is not None and self.log_std is not None:
+            self.mean, self.log_std = (part.detach().to("cpu", torch.float64) for part in (self.mean, self.log_std))
         assert len(self.names) == len(self.log_lik) == len(self.count), "one row for each user"
         self._index = {name: row for row, name in enumerate(self.names)}
         assert len(self._index) == len(self.names), "user names are distinct"
@@ -63,6 +71,10 @@ class UserState:
             self.names.append(name)
             self.log_lik = torch.cat([self.log_lik, self.log_lik.new_zeros(1, self.log_lik.shape[1])])
             self.count = torch.cat([self.count, self.count.new_zeros(1)])
+            if self.mean is not None and self.log_std is not None:  # zeros are the prior N(0, I)
+                self.mean, self.log_std = (
+                    torch.cat([v, v.new_zeros(1, v.shape[1])]) for v in (self.mean, self.log_std)
+                )
         return self._index[name]
 
     def evidence(self, rows: Sequence[int]) -> Float[Tensor, "B K"]:
@@ -72,6 +84,24 @@ class UserState:
             return self.log_lik.new_zeros(len(index), self.log_lik.shape[1])
         return torch.where((index >= 0).unsqueeze(1), self.log_lik[index.clamp(min=0)], 0.0)
 
+    def q(self, rows: Sequence[int], dim: int) -> GaussianQ:
+        """What is known of users' z by row, [B, d]; the prior N(0, I) for -1 (unknown)."""
+        index = torch.tensor(rows, dtype=torch.long)
+        if self.mean is None or self.log_std is None or not len(self):
+            zeros = torch.zeros(len(index), dim, dtype=torch.float64)
+            return GaussianQ(zeros, zeros.clone())
+        known = (index >= 0).unsqueeze(1)
+        return GaussianQ(*(torch.where(known, v[index.clamp(min=0)], 0.0) for v in (self.mean, self.log_std)))
+
+    def set_q(self, row: int, q: GaussianQ) -> None:
+        """Keeps q(z) of one user, [1, d]."""
+        if self.mean is None or self.log_std is None:
+            self.mean, self.log_std = (torch.zeros(len(self), q.mean.shape[1], dtype=torch.float64) for _ in range(2))
+        self.mean[row], self.log_std[row] = q.mean[0].double(), q.log_std[0].double()
+
     def tensors(self) -> dict[str, Tensor]:
         """What `users/users.safetensors` holds."""
-        return {"log_lik": self.log_lik, "count": self.count}
+        tensors = {"log_lik": self.log_lik, "count": self.count}
+        if self.mean is not None and self.log_std is not None:
+            tensors |= {"mean": self.mean, "log_std": self.log_std}
+        return tensors

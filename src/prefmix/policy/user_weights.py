@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prefmix.data.users import MetadataEncoder
 from prefmix.mixture.gates import GateInputs
+from prefmix.mixture.membership import MembershipRows
 from prefmix.mixture.posterior import posterior
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.policy.personalization import map_user_offsets
@@ -27,7 +28,7 @@ class UserWeights(NamedTuple):
 
     Attributes:
         model: experts (for the prompt's trunk states) and gate.
-        latent: `pair` or `user`.
+        latent: `pair`, `user` or `membership`.
         users: known users; `learn` changes it.
         metadata_encoder: or None.
     """
@@ -57,15 +58,25 @@ class UserWeights(NamedTuple):
         users: Sequence[str | None],
         metadata: Sequence[Mapping[str, Any] | None],
     ) -> Float[Tensor, "B K"]:
-        """[B, K] log w of the gate alone, float64 on the CPU.
+        """[B, K] log w of the gate alone, float64 on the CPU; under `membership` its mean over the prior of z.
 
         Args:
             prompts: B token sequences; None stands for the average training prompt.
             users: B names or None.
             metadata: B mappings or None (the average).
         """
-        index = [self.users.index(user) for user in users]
-        return self._gate(prompts, index, metadata)
+        log_weights = self._gate(prompts, [self.users.index(user) for user in users], metadata)
+        network = self.model.gate.membership
+        return log_weights if network is None else network.predictive(log_weights, network.prior(len(users)))
+
+    def gate_terms(
+        self,
+        prompts: Sequence[Sequence[int]] | None,
+        metadata: Sequence[Mapping[str, Any] | None],
+    ) -> Float[Tensor, "B K"]:
+        """[B, K] log w of the gate's terms for somebody unknown, at z = 0 under `membership`."""
+        with torch.no_grad():
+            return self._gate(prompts, [-1] * len(metadata), metadata)
 
     def posterior(
         self,
@@ -74,12 +85,16 @@ class UserWeights(NamedTuple):
         metadata: Sequence[Mapping[str, Any] | None],
     ) -> Float[Tensor, "B K"]:
         """[B, K] log w that the policy uses: gate and evidence of known users; warns of unknown names."""
-        log_weights = self.gate(prompts, users, metadata)
+        index = [self.users.index(user) for user in users]
+        with torch.no_grad():
+            log_weights = self._gate(prompts, index, metadata)
         self._warn_of_unknown(users)
+        network = self.model.gate.membership
+        if network is not None:
+            return network.predictive(log_weights, self.users.q(index, network.dim))
         if self.latent == "pair":
             return log_weights
-        evidence = self.users.evidence([self.users.index(user) for user in users])
-        return posterior(log_weights, evidence).log_resp
+        return posterior(log_weights, self.users.evidence(index)).log_resp
 
     @torch.no_grad()
     def learn(
@@ -102,9 +117,11 @@ class UserWeights(NamedTuple):
         self.check_adaptable()
         weight = weight.double()
         row = self.users.add(user)
-        if self.latent == "user":
+        if self.latent != "pair":
             self.users.log_lik[row] += weight @ log_lik.double()
-        else:
+        if self.latent == "membership":
+            self._learn_membership(row, self._gate(prompts, [-1] * len(prompts), metadata), log_lik, weight)
+        elif self.latent == "pair":
             self._learn_offsets(row, self._gate(prompts, [-1] * len(prompts), metadata), log_lik, weight)
         self.users.count[row] += weight.sum()
 
@@ -115,8 +132,24 @@ class UserWeights(NamedTuple):
         if row < 0:
             return
         self.users.log_lik[row], self.users.count[row] = 0.0, 0.0
+        if self.users.mean is not None and self.users.log_std is not None:
+            self.users.mean[row], self.users.log_std[row] = 0.0, 0.0
         if self.has_user_term and row < len(self.model.gate.user):
             self.model.gate.user[row] = 0.0
+
+    def _learn_membership(
+        self,
+        row: int,
+        gate_log_weights: Float[Tensor, "n K"],
+        log_lik: Float[Tensor, "n K"],
+        weight: Float[Tensor, "n"],
+    ) -> None:
+        network = self.model.gate.membership
+        assert network is not None, "latent='membership' comes with a loading"
+        nobody_else = torch.zeros(len(weight), dtype=torch.long)
+        rows = MembershipRows(gate_log_weights, log_lik.double(), nobody_else, weight, 1)
+        before = self.users.q([row], network.dim) if self.users.count[row] > 0 else None
+        self.users.set_q(row, network.learn(rows, before))
 
     def _learn_offsets(
         self,

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from prefmix.mixture.membership import GaussianQ
 from prefmix.mixture.user_evidence import UserEvidence
 
 
@@ -41,6 +42,7 @@ class EMState:
         resp: [G, K] latest responsibilities.
         group_weight: [G] n_g of the bound: summed row weights under `user`, 1 under `pair`.
         total_weight: summed weight of the training rows.
+        q: of z_g under `latent="membership"`, [G, d] each, as of the last visit; None under the others.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class EMState:
     ) -> None:
         num_groups, num_experts = initial.shape
         self.evidence = UserEvidence(len(group), num_experts, group, weight, num_groups, per_pair)
+        self.q: GaussianQ | None = None
         self.initial = initial.clone()
         self.resp = initial.clone()
         self.total_weight = float(weight.double().sum())
@@ -69,8 +72,11 @@ class EMState:
         return MeanResponsibility(mean.to(self.resp.dtype), self._num_groups)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Plain tensors: evidence (`table`, `visited`), `initial` and `resp`."""
-        return {**self.evidence.state_dict(), "initial": self.initial.clone(), "resp": self.resp.clone()}
+        """Plain tensors: evidence (`table`, `visited`), `initial` and `resp`; `q_mean` and `q_log_std` where q is."""
+        state = {**self.evidence.state_dict(), "initial": self.initial.clone(), "resp": self.resp.clone()}
+        if self.q is not None:
+            state |= {"q_mean": self.q.mean.clone(), "q_log_std": self.q.log_std.clone()}
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes what `state_dict` gave.
@@ -86,3 +92,6 @@ class EMState:
         self.evidence.load_state_dict(state)
         self.initial.copy_(state["initial"])
         self.resp.copy_(state["resp"])
+        if self.q is not None:
+            self.q.mean.copy_(state["q_mean"])
+            self.q.log_std.copy_(state["q_log_std"])

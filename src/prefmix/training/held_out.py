@@ -10,7 +10,7 @@ from transformers import EvalPrediction
 
 from prefmix.evaluation.metrics import accuracy, log_loss
 from prefmix.evaluation.scoring import Predictions, predict, score_rows
-from prefmix.evaluation.weights import known_user_log_weights
+from prefmix.evaluation.weights import known_user_log_weights, population_log_weights
 from prefmix.training.population_gate import unknown_user_log_weights
 from prefmix.training.result import gate_with_user_weights, training_log_lik
 from prefmix.training.setup import Comparisons
@@ -40,10 +40,11 @@ def held_out_metrics(trainer: MixtureTrainer, comparisons: Comparisons, prefix: 
         label_noise=trainer.args.label_noise,
         states=comparisons.states,
     )
-    population = unknown_user_log_weights(mixture, comparisons)
+    terms = unknown_user_log_weights(mixture, comparisons)
+    population = population_log_weights(mixture.gate, terms)
     users = trainer.running_user_state()
     gate = gate_with_user_weights(trainer, training_log_lik(trainer)) if "user" in mixture.gate.terms else mixture.gate
-    personal = known_user_log_weights(gate, trainer.latent, users, population, table.user)
+    personal = known_user_log_weights(gate, trainer.latent, users, terms, table.user)
     with_user, without_user = predict(personal, scores), predict(population, scores)
     metrics = _figures(with_user, table.weight, "") | _figures(without_user, table.weight, "population_")
     metrics["rewards/accuracies"] = metrics["accuracy"]  # TRL's name of it

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from prefmix.training.expert_options import QuantizationOptions, ReadingOptions, expert_problems
+from prefmix.training.membership_options import MembershipOptions, membership_problems
 
-Latent = Literal["auto", "pair", "user"]
+Latent = Literal["auto", "pair", "user", "membership"]
 GateTerm = Literal["global", "prompt", "user", "metadata"]
 Head = Literal["auto", "hidden", "logit", "full", "none"]
 Trunk = Literal["frozen", "lora", "full"]
@@ -31,7 +32,7 @@ def _field(default, help_text: str):  # type: ignore[no-untyped-def]
 
 
 @dataclass
-class MixtureOptions(ReadingOptions, QuantizationOptions):
+class MixtureOptions(ReadingOptions, QuantizationOptions, MembershipOptions):
     """What is specific to mixtures of expert policies (method.md has the symbols)."""
 
     # --- model -------------------------------------------------------------------------------------------------------
@@ -82,7 +83,9 @@ class MixtureOptions(ReadingOptions, QuantizationOptions):
     )
     # --- latent and gate ----------------------------------------------------------------------------------------------
     latent: Latent = _field(
-        "auto", "What carries one expert: a comparison (pair) or a user; auto: user where ids repeat."
+        "auto",
+        "What carries one expert: a comparison (pair) or a user; membership: users blend experts; auto: user where ids "
+        "repeat.",
     )
     gate: list[GateTerm] = _field(["global"], "Terms of the gate, summed in logit space.")
     gate_update: Literal["closed_form", "gradient", "fixed"] = _field(
@@ -362,6 +365,7 @@ def _range_problems(values: Mapping[str, Any]) -> list[str]:
 def _combination_problems(values: Mapping[str, Any]) -> list[str]:
     beta, gate, estep = values["beta"], list(values["gate"]), values["estep"]
     problems = [*gate_problems(gate, values["latent"]), *branch_problems(values), *expert_problems(values)]
+    problems += membership_problems(values)
     if isinstance(beta, list | tuple) and len(beta) != values["num_experts"]:
         problems.append(
             f"beta={beta!r}: {len(beta)} values for num_experts={values['num_experts']}; give one each, or one"

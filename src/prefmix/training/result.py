@@ -28,6 +28,8 @@ from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.policy.personalization import map_offsets_of_users
 from prefmix.policy.user_state import UserState
 from prefmix.training.config import MixtureConfig
+from prefmix.training.membership_options import membership_dim
+from prefmix.training.membership_step import final_memberships
 from prefmix.training.population_gate import unknown_user_log_weights
 from prefmix.training.setup import expert_description, tokenizer_of
 
@@ -61,6 +63,17 @@ def user_state(table: ComparisonTable, log_lik: Float[Tensor, "B K"]) -> UserSta
     return UserState(list(table.users), evidence, count)
 
 
+def trained_users(trainer: MixtureTrainer, log_lik: Float[Tensor, "B K"]) -> UserState:
+    """What the training rows say of every user, where users stand among the experts included (`membership`).
+
+    Args:
+        trainer: its gate and training rows.
+        log_lik: [B, K] log p_ik of the training rows.
+    """
+    users = user_state(trainer.train_comparisons.table, log_lik)
+    return final_memberships(trainer, users, log_lik) if trainer.latent == "membership" else users
+
+
 @torch.no_grad()
 def gate_with_user_weights(trainer: MixtureTrainer, log_lik: Float[Tensor, "B K"]) -> Gate:
     """The gate, each training user's row at its MAP given experts and the other terms; itself without such rows.
@@ -91,9 +104,26 @@ def gate_with_user_weights(trainer: MixtureTrainer, log_lik: Float[Tensor, "B K"
     return fitted
 
 
-def build_policy(trainer: MixtureTrainer, users: UserState, gate: Gate) -> MixturePolicy:
-    """The experts as they stand with `gate` and `users`, and where they came from."""
+def running_users(trainer: MixtureTrainer) -> UserState:
+    """What the running evidence says of every user, q(z) as of their last visit; nothing under `pair`."""
+    table, q = trainer.train_comparisons.table, trainer.em.q
+    if trainer.latent == "pair":
+        return UserState.empty(trainer.args.num_experts, table.users)
+    users = user_state(table, trainer.em.evidence.table.cpu())
+    if q is not None:
+        users.mean, users.log_std = (part[: len(users)].double().cpu() for part in q)
+    return users
+
+
+def build_policy(trainer: MixtureTrainer, log_lik: Float[Tensor, "B K"]) -> MixturePolicy:
+    """The experts as they stand, with what they say of users, and where they came from.
+
+    Args:
+        trainer: its experts, gate and training rows.
+        log_lik: [B, K] log p_ik of the training rows.
+    """
     args, base = trainer.args, trainer.base
+    users, gate = trained_users(trainer, log_lik), gate_with_user_weights(trainer, log_lik)
     gguf_file = getattr(base, "gguf_file", None)
     config = PolicyConfig(
         experts=trainer.mixture.experts.describe(),
@@ -126,7 +156,10 @@ def build_policy(trainer: MixtureTrainer, users: UserState, gate: Gate) -> Mixtu
 def identity(args: MixtureConfig, base: BaseModel, table: ComparisonTable, latent: str) -> dict[str, Any]:
     """What a checkpoint must agree with to continue this run; JSON values."""
     # Files of a checkpoint are one an expert then; those of other runs keep the identity that they had.
-    spread = {"expert_parallel": True} if args.expert_parallel else {}
+    spread: dict[str, Any] = {"expert_parallel": True} if args.expert_parallel else {}
+    if latent == "membership":
+        dim = membership_dim(args.num_experts, args.membership_dim)
+        spread |= {"membership_dim": dim, "membership_estep": args.membership_estep}
     return spread | {
         "data_sha256": table_sha256(table),
         "base_sha256": base.sha256,

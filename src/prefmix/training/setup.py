@@ -28,13 +28,14 @@ from prefmix.experts.trunk_cache import TrunkStates, build_trunk_states
 from prefmix.mixture.gates import Gate
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.training.config import MixtureConfig
+from prefmix.training.membership_options import ENCODER_HIDDEN, membership_dim
 from prefmix.training.options import expert_head, gate_problems, reads_states
 from prefmix.training.processes import first_process_first
 from prefmix.training.starting_experts import starting_experts
 
 logger = logging.getLogger(__name__)
 
-ResolvedLatent = Literal["pair", "user"]
+ResolvedLatent = Literal["pair", "user", "membership"]
 
 
 class Comparisons(NamedTuple):
@@ -191,13 +192,23 @@ def build_model(
         num_users=len(train.table.users) if "user" in terms else 0,
         prompt_dim=0 if train.prompt_states is None else train.prompt_states.shape[1],
         metadata_dim=0 if encoder is None else len(encoder),
-        # Only a purely global gate has a closed form; every other one learns by gradient.
-        update=args.gate_update if terms == ("global",) else "gradient",
+        # Only a purely global gate has a closed form, and none beside z; every other one learns by gradient.
+        update=args.gate_update if terms == ("global",) and args.latent != "membership" else "gradient",
         alpha=args.gate_prior_alpha,
+        **_membership(args),
     )
     if train.prompt_states is not None:
         gate.fit_prompt_scale(train.prompt_states)
     return MixtureModel(experts, gate)
+
+
+def _membership(args: MixtureConfig) -> dict[str, int]:
+    """What `Gate` is told of continuous groups."""
+    if args.latent != "membership":
+        return {}
+    hidden = ENCODER_HIDDEN if args.membership_estep == "encoder" else 0
+    dim = membership_dim(args.num_experts, args.membership_dim)
+    return {"membership_dim": dim, "membership_encoder": hidden, "seed": args.seed}
 
 
 def expert_description(args: MixtureConfig) -> dict[str, Any]:

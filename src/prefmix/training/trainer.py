@@ -27,6 +27,7 @@ from prefmix.training.em_state import EMState
 from prefmix.training.first_responsibilities import Start, first_responsibilities, resolve_init
 from prefmix.training.guards import FiniteGuard
 from prefmix.training.held_out import held_out_metrics
+from prefmix.training.membership_step import first_q, membership_loss
 from prefmix.training.metrics_log import Meter, batch_sums
 from prefmix.training.objective import Likelihoods, Taught, estep_function, held, learners_of_texts, likelihoods
 from prefmix.training.order import training_order
@@ -44,7 +45,7 @@ from prefmix.training.processes import (
     share_tensors,
     summed,
 )
-from prefmix.training.result import build_policy, gate_with_user_weights, identity, training_log_lik, user_state
+from prefmix.training.result import build_policy, identity, running_users, training_log_lik
 from prefmix.training.starting_experts import FrozenExperts
 from prefmix.training.token_dropout import drop_tokens, undo_scale
 from prefmix.training.trl_arguments import refuse_arguments
@@ -148,6 +149,9 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         inputs = drop_tokens(inputs, self.args.token_dropout)
         output = self._look(model, inputs)
         lik = self._likelihoods(output, inputs)
+        if self.latent == "membership" and self.state.global_step >= self.hold_steps:
+            loss = membership_loss(self, model, inputs, output, lik, num_items_in_batch)
+            return (loss, output) if return_outputs else loss
         evidence = self._evidence(inputs["row"], lik.log_lik)
         q = self._responsibilities(inputs, output.log_weights, evidence)
         taught = self._taught(model, inputs, output, lik, q)
@@ -247,8 +251,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
 
     def policy_of(self, log_lik: Tensor) -> MixturePolicy:
         """The mixture as it stands; [B, K] `log_lik` is what it says of the training rows."""
-        users = user_state(self.train_comparisons.table, log_lik)
-        return build_policy(self, users, gate_with_user_weights(self, log_lik))
+        return build_policy(self, log_lik)
 
     def refresh_evidence(self) -> Tensor:
         """Recomputes the evidence of every training row; returns the log-likelihoods [B, K]."""
@@ -263,10 +266,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
 
     def running_user_state(self) -> UserState:
         """What the running evidence says of every user; nothing under `pair`, where none is kept."""
-        table = self.train_comparisons.table
-        if self.latent == "pair":
-            return UserState.empty(self.args.num_experts, table.users)
-        return user_state(table, self.em.evidence.table.cpu())
+        return running_users(self)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -368,6 +368,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
             uniform,
             per_pair=self.latent == "pair",
         )
+        self.em.q = first_q(self)
         self.identity = run_identity
         self.frozen = FrozenExperts(self.mixture.experts, self.args.freeze_experts, self.args.train_experts)
         self.meter, self.guard = Meter(), FiniteGuard(table.source_row)

@@ -1,0 +1,228 @@
+"""One training step of continuous groups: q(z) of the batch's users, then the bound's gradient in everything else.
+
+    loss = - (sum_i ELBO_i + the batch's share of the gate's log prior) / summed weights of the global batch
+    ELBO_i = a_i [ mean_s log sum_k w_ik(z_s) p_ik - c KL(q_u || N(0, I)) / n_u ]
+
+Experts learn by r_ik = E_q of the posterior of the comparison's expert, which is the bound's gradient in log p_ik; the
+gate's terms and A by the bound itself. `per_user`: q of a user in the batch is refitted to the last likelihoods of
+*all* their comparisons (incremental, as for discrete groups). `encoder`: it is read off the same ones, with gradient.
+
+Legend: S draws, B rows of a batch, C rows of its M users, G users, K experts, d latent dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from prefmix.mixture.estep import EStep
+from prefmix.mixture.gates import GateInputs
+from prefmix.mixture.m_step import with_gradient_of
+from prefmix.mixture.membership import (
+    GaussianQ,
+    MembershipRows,
+    free_bits,
+    kl_factor,
+    kl_to_prior,
+    membership_elbo_rows,
+    membership_log_weights,
+    mixture_rows,
+    sample_z,
+    standard_draws,
+)
+from prefmix.mixture.membership_fit import fit_users
+from prefmix.mixture.membership_network import MembershipNetwork, rows_as
+from prefmix.mixture.user_encoder import encode, train_encoder
+from prefmix.policy.mixture_model import MixtureModel, MixtureOutput
+from prefmix.policy.user_state import UserState
+from prefmix.training.metrics_log import batch_sums
+from prefmix.training.objective import Likelihoods
+from prefmix.training.setup import Comparisons
+
+if TYPE_CHECKING:
+    from prefmix.training.trainer import MixtureTrainer
+
+# Steps of the fit of a batch's users; it goes on from where their last visit ended.
+STEP_FITS, STEP_TOLERANCE = 20, 1e-3
+# Steps of an encoder on the rows seen, before it decides anything.
+FIRST_LESSONS = 300
+
+
+class BatchUsers(NamedTuple):
+    """The M users of a batch.
+
+    Attributes:
+        position: [B] which of them each row of the batch belongs to.
+        q: of each, with gradient where an encoder gives it.
+        kl: [M] KL(q || N(0, I)), nats, free bits applied.
+    """
+
+    position: Int[Tensor, "B"]
+    q: GaussianQ
+    kl: Float[Tensor, "M"]
+
+
+def membership_loss(
+    trainer: MixtureTrainer,
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    output: MixtureOutput,
+    lik: Likelihoods,
+    total: Tensor | int,
+) -> Tensor:
+    """The loss of a batch; q(z) of its users is brought up to date.
+
+    Args:
+        trainer: its evidence, q and gate.
+        model: experts and gate as wrapped, for a cheap M-step's second pass.
+        inputs: the batch.
+        output: of the first pass.
+        lik: likelihoods of the batch's rows.
+        total: summed weights of the accumulated batch.
+    """
+    weight, args = inputs["weight"], trainer.args
+    trainer.em.evidence.update(inputs["row"], lik.log_lik)
+    network = trainer.mixture.gate.membership
+    assert network is not None, "latent='membership' builds a gate with a loading"
+    _teach_encoder_first(trainer, network)
+    users = _batch_users(trainer, network, inputs["group"])
+    noise = standard_draws(args.membership_samples, network.dim, seed=trainer.state.global_step).to(users.q.mean)
+    z_SMd = sample_z(users.q, noise.unsqueeze(1))
+    with torch.no_grad():
+        log_weights = membership_log_weights(output.log_weights, network.loading, z_SMd[:, users.position])
+        resp = torch.softmax(log_weights + lik.log_lik, dim=-1).mean(dim=0)
+        mean_weights = log_weights.exp().mean(dim=0).log()
+    q = EStep(resp, resp.log())
+    taught = trainer._taught(model, inputs, output, lik, q)
+    log_weights = membership_log_weights(taught.log_weights, network.loading, z_SMd[:, users.position])
+    row_log_lik = mixture_rows(log_weights, lik.log_lik.detach())
+    rows = membership_elbo_rows(
+        row_log_lik, users.kl[users.position], weight, trainer.em.group_weight[inputs["group"]], _factor(trainer)
+    )
+    bound = with_gradient_of(rows.elbo, taught.log_lik, taught.coefficient, weight)
+    trainer.em.remember(inputs["group"], _mean_by_user(q.resp, weight, users))
+    # `mixture/evidence` is then the predictive log-likelihood of the rows: E_q of the weights, and groups of one.
+    ones, pair = torch.ones_like(weight), output._replace(log_weights=mean_weights)
+    text = (inputs["chosen"], inputs["rejected"])
+    trainer.meter.add(batch_sums(pair, lik, q, rows, lik.log_lik.detach(), weight, ones, *text))
+    loss = -(bound.sum() + trainer.mixture.gate.log_prior() * weight.sum() / trainer.em.total_weight) / total
+    trainer.guard.observe_batch(inputs["row"], lik.log_lik, mean_weights, loss)
+    return loss
+
+
+def _teach_encoder_first(trainer: MixtureTrainer, network: MembershipNetwork) -> None:
+    """Trains the encoder on the rows seen, at the experts as they are, when first responsibilities cease to be held.
+
+    Untrained it would call all users alike, and experts that have just parted would be taught alike again.
+    """
+    q, group = trainer.em.q, torch.arange(len(trainer.em.initial), device=trainer.args.device)
+    assert q is not None, "latent='membership' keeps q"
+    if network.encoder is None or bool(q.mean.any()):
+        return
+    rows = _rows_of_users(trainer, group)
+    train_encoder(
+        network.encoder, rows, rows.score, network.loading, "mixture", steps=FIRST_LESSONS, users_per_step=100,
+        samples=4, learning_rate=5e-3, generator=torch.Generator().manual_seed(trainer.args.seed),
+    )  # fmt: skip
+
+
+def _batch_users(trainer: MixtureTrainer, network: MembershipNetwork, group: Int[Tensor, "B"]) -> BatchUsers:
+    touched, position = torch.unique(group, return_inverse=True)
+    rows = _rows_of_users(trainer, touched)
+    state = trainer.em.q
+    assert state is not None, "latent='membership' keeps q"
+    if network.encoder is None:
+        noise = standard_draws(trainer.args.membership_samples, network.dim).to(network.loading)
+        start = GaussianQ(state.mean[touched], state.log_std[touched])
+        q = fit_users(rows, network.loading, "mixture", noise, start=start, steps=STEP_FITS, tolerance=STEP_TOLERANCE).q
+        kl = kl_to_prior(q)
+    else:
+        q = encode(network.encoder, rows, rows.score)
+        kl = free_bits(kl_to_prior(q), trainer.args.free_bits)
+    state.mean[touched], state.log_std[touched] = q.mean.detach(), q.log_std.detach()
+    return BatchUsers(position, q, kl.sum(dim=-1))
+
+
+def _rows_of_users(trainer: MixtureTrainer, touched: Int[Tensor, "M"]) -> MembershipRows:
+    """All rows seen so far of some users, at their last likelihoods and the gate as it is."""
+    found = trainer.em.evidence.rows_of(touched)
+    gate = gate_of_rows(trainer.mixture, trainer.train_comparisons, found.row)
+    rows = MembershipRows(gate, found.log_lik, found.segment, found.weight, len(touched))
+    return rows_as(rows, gate.dtype, gate.device)
+
+
+@torch.no_grad()
+def gate_of_rows(mixture: MixtureModel, comparisons: Comparisons, row: Int[Tensor, "C"]) -> Float[Tensor, "C K"]:
+    """[C, K] log w of some rows by the gate's terms, at z = 0."""
+    device, cpu_row = mixture.gate.population_log_weights().device, row.cpu()
+    prompt, states, metadata = (
+        torch.from_numpy(comparisons.table.prompt),
+        comparisons.prompt_states,
+        comparisons.metadata,
+    )
+    inputs = GateInputs(
+        user=torch.full((len(row),), -1, device=device),
+        prompt_states=None if states is None else states[prompt[cpu_row]].to(device),
+        metadata=None if metadata is None else metadata[cpu_row].to(device),
+    )
+    return mixture.gate(inputs)
+
+
+def _factor(trainer: MixtureTrainer) -> float:
+    """Factor of the KL now; a fitted q has nothing to anneal."""
+    if trainer.args.membership_estep == "per_user":
+        return 1.0
+    return kl_factor(trainer.state.global_step / max(trainer.state.max_steps, 1), trainer.args.kl_annealing)
+
+
+def _mean_by_user(resp: Float[Tensor, "B K"], weight: Float[Tensor, "B"], users: BatchUsers) -> Float[Tensor, "B K"]:
+    """Log of each user's mean responsibilities over their rows of the batch, one line for each row."""
+    weight = weight.unsqueeze(1)
+    sums, total = (
+        value.new_zeros(len(users.kl), value.shape[1]).index_add_(0, users.position, value)
+        for value in (weight * resp, weight)
+    )
+    return (sums / total)[users.position].log()
+
+
+def first_q(trainer: MixtureTrainer) -> GaussianQ | None:
+    """The prior for every group, where q starts; None under the discrete latents.
+
+    Raises:
+        ValueError: several processes.
+    """
+    network = trainer.mixture.gate.membership
+    if network is None:
+        return None
+    if trainer.args.world_size > 1:
+        raise ValueError(
+            f"latent='membership' with {trainer.args.world_size} processes: q(z) is kept in one; start one process, or "
+            "use latent='user'"
+        )
+    zeros = torch.zeros(len(trainer.em.initial), network.dim, device=trainer.args.device)
+    return GaussianQ(zeros, zeros.clone())
+
+
+def final_memberships(trainer: MixtureTrainer, users: UserState, log_lik: Float[Tensor, "B K"]) -> UserState:
+    """The users with q(z) of all their training comparisons, as `adapt` would give a user who brings the same.
+
+    Args:
+        trainer: its gate and training rows.
+        users: of the training set, in the order of its indices.
+        log_lik: [B, K] log p_ik of the training rows.
+    """
+    network, table = trainer.mixture.gate.membership, trainer.train_comparisons.table
+    assert network is not None, "latent='membership' builds a gate with a loading"
+    known = torch.from_numpy(table.user >= 0).nonzero().squeeze(1)
+    rows = MembershipRows(
+        gate_of_rows(trainer.mixture, trainer.train_comparisons, known).cpu(),
+        log_lik[known],
+        torch.from_numpy(table.user).long()[known],
+        torch.from_numpy(table.weight)[known],
+        len(users),
+    )
+    users.mean, users.log_std = network.learn(rows)
+    return users
