@@ -127,3 +127,26 @@ def test_separable_rows_and_groups_without_rows_stay_finite():
     torch.testing.assert_close(fit.log_resp[:, 2], fit.log_weights)
     torch.testing.assert_close(fit.log_resp[:, 4], fit.log_weights)
     torch.testing.assert_close(fit.log_resp.exp().sum(-1), torch.ones(4, 5))
+
+
+def test_a_first_guess_is_used_and_rows_of_nan_are_drawn():
+    data = _data()
+    first = torch.full((2, data.num_groups, 2), torch.nan, dtype=torch.float64)
+    drawn = _fit(data, starts=2, anneal=1.0, anneal_steps=0, max_steps=1)
+    first[1] = drawn.log_resp.new_tensor([0.9, 0.1])
+    given = _fit(data, starts=2, anneal=1.0, anneal_steps=0, max_steps=1, first_resp=first)
+    torch.testing.assert_close(given.coefficients[0], drawn.coefficients[0])
+    weights = torch.tensor([0.9, 0.1], dtype=torch.float64) * data.num_groups + 1.0
+    torch.testing.assert_close(given.log_weights[1].exp(), weights / weights.sum())
+
+
+def test_the_balance_prior_draws_weights_together():
+    data = _data()
+    spread = [_fit(data, 3, weight_concentration=a).log_weights.std(dim=1).mean() for a in (1.0, 2.0, 50.0)]
+    assert spread[0] > spread[1] > spread[2]
+
+
+@pytest.mark.parametrize("concentration", [1.0, 5.0])
+def test_em_is_monotone_under_any_balance_prior(concentration):
+    fit = _fit(_data(1), 3, anneal=1.0, anneal_steps=0, tolerance=0.0, max_steps=40, weight_concentration=concentration)
+    assert (fit.trace[1:] - fit.trace[:-1] > -1e-9).all()

@@ -143,3 +143,12 @@ def test_few_users_choose_their_ridge_on_held_out_rows():
     features, chosen, rejected, group, true = _planted(2.0 * OPPOSED, 6, 60)
     result = fit_probe(features, chosen, rejected, group, 6, 2, generator=_generator())
     assert result.ridge < 256.0 and adjusted_rand_score(true, result.log_resp.argmax(1)) == 1.0
+
+
+def test_restarts_carry_the_names_of_the_best():
+    """Three clear groups: every restart's column k is the best one's expert k."""
+    features, chosen, rejected, group, _ = _planted(_tastes(3, 4.0), 45, 20)
+    result = fit_probe(features, chosen, rejected, group, 45, 3, ridge=2.0, restarts=6, generator=_generator())
+    good = result.restart_evidences > result.restart_evidences.max() - 1.0
+    agreement = (result.restart_log_resp[good].argmax(2) == result.log_resp.argmax(1)).float().mean(1)
+    assert good.sum() >= 2 and (agreement > 0.9).all()

@@ -73,6 +73,8 @@ def fit_linear_em(
     anneal_steps: int = 20,
     max_steps: int = 200,
     tolerance: float = 1e-7,
+    weight_concentration: float = WEIGHT_CONCENTRATION,
+    first_resp: Float[Tensor, "S G K"] | None = None,
 ) -> LinearEM:
     """Generalised EM: exact E-steps (softened by a falling temperature), one safeguarded Newton step per M-step.
 
@@ -82,24 +84,29 @@ def fit_linear_em(
         ridge: [S] precision of the Gaussian prior of the coefficients, one for each start.
         anneal: temperature at the first step, at least 1.
         generator: source of the S random first responsibilities.
-        anneal_steps: steps until the temperature is 1; only during these are dead experts revived.
+        anneal_steps: steps until the temperature is 1; only during these are dead experts revived. 0: plain EM.
         max_steps: steps in all.
         tolerance: relative gain of the penalised evidence below which a start counts as converged.
+        weight_concentration: a >= 1 of the Dirichlet prior of the weights, the balance prior: 1 is flat, and each
+            unit more is a pseudo-group for every expert, which draws the mean responsibilities together.
+        first_resp: [S, G, K] responsibilities to start from, in place of random ones; rows of NaN are drawn.
     """
     starts, difference = len(ridge), data.difference
     ridge = ridge.to(difference)
     filled = torch.bincount(data.group, minlength=data.num_groups) > 0
     draws = torch.empty(starts, data.num_groups, num_experts).exponential_(generator=generator).to(difference)
     resp = draws / draws.sum(dim=-1, keepdim=True)
+    if first_resp is not None:
+        resp = torch.where(first_resp.isnan(), resp, first_resp.to(resp))
     coefficients = difference.new_zeros(starts, num_experts, difference.shape[1])
     trace: list[Tensor] = []
     for step in range(max_steps):
         coefficients = newton_step(data, resp, coefficients, ridge)
-        log_weights = _weights(resp, filled)
+        log_weights = _weights(resp, filled, weight_concentration)
         log_resp, evidence = expectation(data, log_weights, coefficients)
-        trace.append(evidence + log_prior(log_weights, coefficients, ridge))
-        tau = temperature(step / anneal_steps, anneal, 1.0)
+        trace.append(evidence + log_prior(log_weights, coefficients, ridge, weight_concentration))
         if step < anneal_steps:
+            tau = temperature(step / anneal_steps, anneal, 1.0)
             softened = log_resp / tau if step + 1 < anneal_steps else _leave_saddle(log_resp, filled)
             resp, coefficients = _revive(data, torch.softmax(softened, dim=-1), coefficients, filled)
         else:
@@ -122,11 +129,16 @@ def expectation(
 
 
 def log_prior(
-    log_weights: Float[Tensor, "S K"], coefficients: Float[Tensor, "S K P"], ridge: Float[Tensor, "S"]
+    log_weights: Float[Tensor, "S K"],
+    coefficients: Float[Tensor, "S K P"],
+    ridge: Float[Tensor, "S"],
+    weight_concentration: float = WEIGHT_CONCENTRATION,
 ) -> Float[Tensor, "S"]:
     """Log prior of coefficients and weights up to constants: -ridge/2 sum |c|^2 + (a - 1) sum log w, nats."""
     gaussian = -0.5 * ridge * coefficients.square().sum(dim=(1, 2))
-    return gaussian + (WEIGHT_CONCENTRATION - 1.0) * log_weights.sum(dim=1)
+    if weight_concentration == 1.0:
+        return gaussian
+    return gaussian + (weight_concentration - 1.0) * log_weights.sum(dim=1)
 
 
 def newton_step(
@@ -182,10 +194,10 @@ def _backtrack(
     return flat + size.unsqueeze(1) * direction
 
 
-def _weights(resp: Float[Tensor, "S G K"], filled: Bool[Tensor, "G"]) -> Float[Tensor, "S K"]:
+def _weights(resp: Float[Tensor, "S G K"], filled: Bool[Tensor, "G"], concentration: float) -> Float[Tensor, "S K"]:
     """Dirichlet MAP of the weights; groups without rows have no vote."""
     counts = resp[:, filled].sum(dim=1)
-    return map_log_weights(counts, counts.new_full((counts.shape[1],), WEIGHT_CONCENTRATION))
+    return map_log_weights(counts, counts.new_full((counts.shape[1],), concentration))
 
 
 def _leave_saddle(log_resp: Float[Tensor, "S G K"], filled: Bool[Tensor, "G"]) -> Float[Tensor, "S G K"]:

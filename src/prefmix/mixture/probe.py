@@ -18,10 +18,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from prefmix.mixture.alignment import align
 from prefmix.mixture.bradley_terry import mixture_log_lik, preference_log_lik
-from prefmix.mixture.linear_em import LinearEM, ProbeData, fit_linear_em
+from prefmix.mixture.linear_em import WEIGHT_CONCENTRATION, LinearEM, ProbeData, fit_linear_em
 from prefmix.mixture.posterior import group_log_lik, posterior
 from prefmix.mixture.precision import at_least_float32
+from prefmix.mixture.spectral import sign_matrix, spectral_resp, summed_differences
+from prefmix.mixture.split_merge import split_and_merge
 
 RIDGE_GRID = (1.0, 4.0, 16.0, 64.0, 256.0)
 FOLDS = 4
@@ -38,8 +41,10 @@ class ProbeResult(NamedTuple):
         coefficients: [K, P] linear rewards, nats for a unit of feature.
         log_evidence: sum_g log sum_k w_k prod_i p_ik, nats.
         penalised: log evidence + log prior of coefficients and weights; what chose the start.
-        restart_evidences: [S] penalised evidence of every start.
-        restart_log_resp: [S, G, K] responsibilities of every start: their agreement is a diagnosis.
+        restart_evidences: [S] penalised evidence of every start; the best one's is `penalised` unless split and merge
+            improved on it.
+        restart_log_resp: [S, G, K] responsibilities of every start, experts in the order of the best
+            (`alignment.align`): their agreement is a diagnosis.
         ridge: the precision of the coefficients' prior that was used.
     """
 
@@ -65,9 +70,13 @@ def fit_probe(
     restarts: int = 8,
     ridge: float | None = None,
     anneal: float = 4.0,
+    weight_concentration: float = WEIGHT_CONCENTRATION,
     generator: torch.Generator | None = None,
 ) -> ProbeResult:
-    """Fits the mixture from several random starts and keeps the best.
+    """Fits the mixture from several starts, keeps the best, and tries to improve it by splitting and merging.
+
+    From three starts on, the last is spectral over the groups' summed differences, and the one before it over the
+    sign matrix where groups share pairs of texts; the others are random.
 
     Args:
         features: [N, P] standardised features of the texts (`features.pool_features`).
@@ -80,6 +89,7 @@ def fit_probe(
         restarts: S, number of starts.
         ridge: precision of the Gaussian prior of the coefficients; None chooses it on held-out rows.
         anneal: temperature of the responsibilities at the start; 1 is plain EM.
+        weight_concentration: a >= 1, Dirichlet balance prior of the weights; 1 is flat.
         generator: source of the starts; None seeds one with 0.
 
     Returns:
@@ -90,8 +100,13 @@ def fit_probe(
     if ridge is None:
         ridge = choose_ridge(data, num_experts, anneal=anneal, generator=generator)
     starts = 1 if num_experts == 1 else restarts
-    fit = fit_linear_em(data, num_experts, torch.full((starts,), ridge), anneal=anneal, generator=generator)
-    return _best_start(fit, ridge)
+    signs = sign_matrix(chosen, rejected, group, num_groups, weight)
+    fit = fit_linear_em(
+        data, num_experts, torch.full((starts,), ridge), anneal=anneal, generator=generator,
+        weight_concentration=weight_concentration, first_resp=_first_resp(data, signs, starts, num_experts),
+    )  # fmt: skip
+    best = split_and_merge(data, fit, ridge, weight_concentration=weight_concentration)
+    return _result(best, fit, ridge)
 
 
 def probe_predict(
@@ -205,17 +220,29 @@ def _probe_data(
     return ProbeData(features[chosen] - features[rejected], group, row_weight.to(features.dtype), num_groups)
 
 
-def _best_start(fit: LinearEM, ridge: float) -> ProbeResult:
-    """Keeps the start with the largest penalised evidence, its experts sorted by weight."""
-    best = int(fit.penalised.argmax())
-    order = fit.log_weights[best].argsort(descending=True, stable=True)
+def _first_resp(data: ProbeData, signs: Float[Tensor, "G Q"], starts: int, num_experts: int) -> Float[Tensor, "S G K"]:
+    """NaN for random starts, and the spectral ones last."""
+    resp = data.difference.new_full((starts, data.num_groups, num_experts), torch.nan)
+    if starts < 3:
+        return resp
+    generator = torch.Generator().manual_seed(0)
+    resp[-1] = spectral_resp(summed_differences(data), num_experts, generator)
+    if signs.shape[1] >= num_experts:
+        resp[-2] = spectral_resp(signs, num_experts, generator)
+    return resp
+
+
+def _result(best: LinearEM, fit: LinearEM, ridge: float) -> ProbeResult:
+    """The best start with its experts sorted by weight, and the others aligned to it."""
+    order = best.log_weights[0].argsort(descending=True, stable=True)
+    log_resp = best.log_resp[0][:, order]
     return ProbeResult(
-        log_resp=fit.log_resp[best][:, order],
-        log_weights=fit.log_weights[best][order],
-        coefficients=fit.coefficients[best][order],
-        log_evidence=float(fit.log_evidence[best]),
-        penalised=float(fit.penalised[best]),
+        log_resp=log_resp,
+        log_weights=best.log_weights[0][order],
+        coefficients=best.coefficients[0][order],
+        log_evidence=float(best.log_evidence[0]),
+        penalised=float(best.penalised[0]),
         restart_evidences=fit.penalised,
-        restart_log_resp=fit.log_resp,
+        restart_log_resp=align(fit.log_resp, log_resp).log_resp,
         ridge=ridge,
     )
