@@ -11,7 +11,8 @@ import pytest
 
 from prefmix.data.simulated_files import write_simulated
 from prefmix.data.simulated_texts import argument_pools, feature_pools
-from prefmix.data.simulation import SimulationOptions, outcome_log_probs, simulate, taste_directions
+from prefmix.data.simulation import outcome_log_probs, simulate, taste_directions
+from prefmix.data.simulation_options import SimulationOptions
 from prefmix.data.simulation_oracle import oracle, true_probability
 from prefmix.data.validation import validate
 

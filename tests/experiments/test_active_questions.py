@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from prefmix.data.simulation import Layout
+from prefmix.data.simulation_options import Layout
 from prefmix.experiments.active_questions import active_against_random
 
 

@@ -11,7 +11,8 @@ import torch
 from scipy.special import logsumexp
 
 from prefmix.data.simulated_texts import feature_pools
-from prefmix.data.simulation import SimulationOptions, simulate
+from prefmix.data.simulation import simulate
+from prefmix.data.simulation_options import SimulationOptions
 from prefmix.experiments import choose_k as module
 from prefmix.experiments.choose_k import choose_k, new_user_evidence
 from prefmix.experiments.choose_k_report import ChoiceReport

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from prefmix.cli.output import add_format, note, print_json, print_table
-from prefmix.data.simulation import SimulationOptions
+from prefmix.data.simulation_options import SimulationOptions
 
 _HELP = {
     "num_groups": "number of tastes, K_true",

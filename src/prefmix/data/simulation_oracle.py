@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import logsumexp
 
-from prefmix.data.simulation import Judged, Simulated, SimulationOptions, outcome_log_probs
+from prefmix.data.simulation import Judged, Simulated, outcome_log_probs
+from prefmix.data.simulation_options import SimulationOptions
 
 DRAWS = 2000
 # Comparisons times hypotheses that are held at once.

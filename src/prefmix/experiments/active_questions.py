@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from prefmix.data.simulated_texts import feature_pools
-from prefmix.data.simulation import Layout, SimulationOptions, simulate
+from prefmix.data.simulation import simulate
+from prefmix.data.simulation_options import Layout, SimulationOptions
 from prefmix.data.simulation_oracle import true_probability
 from prefmix.mixture.linear_em import ProbeData, fit_linear_em
 from prefmix.mixture.questions import answer_information
@@ -76,7 +77,8 @@ def active_against_random(
     """
     options = SimulationOptions(num_experts, layout, num_users=300, comparisons_per_user=16, num_new_users=num_users)
     simulated = simulate(feature_pools(num_features, seed=seed), options, seed)
-    log_weights, tastes = torch.full((num_experts,), 1.0 / num_experts).double().log(), simulated.tastes
+    log_weights = torch.full((num_experts,), 1.0 / num_experts).double().log()
+    tastes = torch.from_numpy(simulated.tastes)
     if fitted:
         log_weights, tastes = _fit(simulated.judged["train"], num_experts, seed)
     rng = np.random.default_rng([seed, 3])
@@ -86,11 +88,11 @@ def active_against_random(
     truth = torch.from_numpy(simulated.weights[options.num_users :] @ simulated.tastes)
     # One answer of each user to each candidate, whoever asks when: the two ways of asking differ in order alone.
     says_first = torch.from_numpy(rng.random((num_users, num_candidates))) < torch.sigmoid(truth @ pool.T)
-    margins = pool @ torch.as_tensor(tastes).double().T
+    margins = pool @ tastes.T
     held_out = simulated.judged["new_users"]
     scored = _Scored(
         torch.from_numpy(held_out.user - options.num_users),
-        torch.from_numpy(held_out.difference) @ torch.as_tensor(tastes).double().T,
+        torch.from_numpy(held_out.difference) @ tastes.T,
         torch.from_numpy(true_probability(held_out, simulated.weights[held_out.user], options)),
     )
     order = torch.from_numpy(rng.permuted(np.tile(np.arange(num_candidates), (num_users, 1)), axis=1))

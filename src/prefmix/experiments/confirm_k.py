@@ -92,7 +92,12 @@ def confirm(
     evidence = {}
     for num_experts in counts:
         folder = Path(output_dir) / f"confirm-{num_experts}"
-        common = {"disable_tqdm": True, "overwrite_output_dir": True, "latent": "user", "seed": seed} | KEEP_LAST
+        common: dict[str, Any] = {
+            "disable_tqdm": True,
+            "overwrite_output_dir": True,
+            "latent": "user",
+            "seed": seed,
+        } | KEEP_LAST
         args = MixtureConfig(str(folder), **(common | dict(options) | {"num_experts": num_experts}))
         trainer = MixtureTrainer(base, args, train_dataset=train)
         trainer.train()

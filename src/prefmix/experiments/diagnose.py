@@ -77,11 +77,18 @@ def scored_rows(policy: MixturePolicy, rows: Sequence[Mapping[str, Any]]) -> Sco
     position = {row.source_row: row for row in check_rows(rows).rows}
     columns = row_columns([position[entry["row"]] for entry in scored])
     length = np.log(np.maximum(columns.length, 1))
-    stacked = {
-        name: np.array([entry[name] for entry in scored])
-        for name in ("rewards/chosen", "rewards/rejected", "probabilities", "weights")
-    }
-    return ScoredRows(*stacked.values(), columns.user, length[columns.chosen] - length[columns.rejected])
+
+    def stacked(name: str) -> np.ndarray:
+        return np.array([entry[name] for entry in scored])
+
+    return ScoredRows(
+        rewards_chosen=stacked("rewards/chosen"),
+        rewards_rejected=stacked("rewards/rejected"),
+        probability=stacked("probabilities"),
+        weights=stacked("weights"),
+        user=columns.user,
+        length_difference=length[columns.chosen] - length[columns.rejected],
+    )
 
 
 def _probe_restarts(

@@ -61,7 +61,8 @@ def row_columns(rows: Sequence[PreferenceRow]) -> RowColumns:
         found[:, index] = (user, prompt_id, *sides)
     is_tokens = bool(rows and rows[0].responses.token_ids)
     plain_texts = [""] * len(texts) if is_tokens else [text for _, text in texts]
-    return RowColumns(*found, plain_texts, np.array(lengths))
+    user_B, prompt_B, chosen_B, rejected_B = found
+    return RowColumns(user_B, prompt_B, chosen_B, rejected_B, plain_texts, np.array(lengths))
 
 
 def diagnose_columns(columns: RowColumns, seed: int = 0) -> list[Finding]:

@@ -53,7 +53,7 @@ def rank_questions(
             f"next_question: under latent={policy.config.latent!r} a user has no single expert to find out; train with "
             "latent='user'"
         )
-    extra = {"user": user} if user is not None else {}
+    extra: dict[str, Any] = {"user": user} if user is not None else {}
     extra |= {"metadata": dict(metadata)} if metadata else {}
     rows = [{name: row[name] for name in ("prompt", "chosen", "rejected") if name in row} | extra for row in candidates]
     if not rows:
