@@ -1,4 +1,4 @@
-"""What `prefmix simulate` can plant, and its rules: pure Python, for `--help`, and so that mistakes are named at once."""
+"""What `prefmix simulate` can plant, and its rules: pure Python, for `--help` and for mistakes that show at once."""
 
 from __future__ import annotations
 
