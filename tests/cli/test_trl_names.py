@@ -28,7 +28,7 @@ DECLARED = {
         (["--peft_config", "x.json"], "'--peft_config' (LoRA is part of an expert: branch_depth"),
         (["--lora_r", "16"], "'--lora_r' (here it is 'expert_rank')"),
         (["--lora_target_modules", "q_proj"], "every linear layer of the last branch_depth blocks"),
-        (["--loss-type", "ipo"], "'--loss_type' (the loss is the mixture's evidence bound"),
+        (["--loss-weights", "1"], "'--loss_weights' (the loss is the mixture's evidence bound"),
         (["--per_device_batch_size=4"], "(here it is 'per_device_train_batch_size')"),
         (["--max_prompt_length", "512"], "max_length bounds prompt and completion together"),
         (["--num_expert", "4"], "'--num_expert' (did you mean 'num_experts'?)"),
@@ -44,8 +44,8 @@ def test_a_flag_of_trl_is_answered_in_one_line(
 
 
 def test_a_recipe_of_trl_gets_the_same_answers() -> None:
-    with pytest.raises(RecipeError, match=r"unknown field 'loss_type' \(the loss is"):
-        load_recipe(None, {"loss_type": "sigmoid"})
+    with pytest.raises(RecipeError, match=r"unknown field 'loss_weights' \(the loss is"):
+        load_recipe(None, {"loss_weights": "1"})
 
 
 def test_names_here_exist() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
+from prefmix.mixture.likelihoods.model import FeedbackModel
 from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.policy.preferences import beating_probability
 
@@ -229,8 +230,9 @@ def test_rank_orders_by_the_probability_of_winning(make_policy):
 
 def test_beating_probabilities_average_to_one_half():
     rewards = torch.randn(5, 3, dtype=torch.float64)
-    scores = beating_probability(rewards, torch.tensor([0.2, 0.3, 0.5]).log(), 0.1)
-    assert float(scores.mean()) == pytest.approx(0.5)
+    for model in (FeedbackModel(label_noise=0.1), FeedbackModel(ties="davidson"), FeedbackModel("hinge")):
+        scores = beating_probability(rewards, torch.tensor([0.2, 0.3, 0.5]).log(), torch.ones(3), model)
+        assert float(scores.mean()) == pytest.approx(0.5)
 
 
 def test_generation_returns_what_was_asked_for(make_policy):

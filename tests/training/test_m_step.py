@@ -103,7 +103,10 @@ def test_cheap_m_steps_train_and_resume(make_trainer: Make, rows: Any, tmp_path:
 
 def test_learners_are_those_of_the_rows_that_have_the_text() -> None:
     coefficient = torch.tensor([[1.0, 0.0], [0.0, 0.5], [0.0, 0.0]])
-    chosen, rejected = torch.tensor([0, 1, 2]), torch.tensor([1, 3, 0])
-    assert learners_of_texts(coefficient, chosen, rejected, 4).tolist() == [
-        [True, False], [True, True], [False, False], [False, True],
+    batch = {"chosen": torch.tensor([0, 1, 2]), "rejected": torch.tensor([1, 3, 0]), "text_ids": torch.arange(4)}
+    expected = [[True, False], [True, True], [False, False], [False, True]]
+    assert learners_of_texts(coefficient, batch).tolist() == expected
+    ranked = {"ranked": torch.tensor([0, 2, 1, 1, 3, 2, 0]), "ranked_size": torch.tensor([3, 2, 2])}
+    assert learners_of_texts(coefficient, batch | ranked).tolist() == [
+        [True, False], [True, True], [True, False], [False, True],
     ]  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 
 from prefmix.mixture.elbo import elbo_rows
 from prefmix.mixture.estep import EStep
+from prefmix.mixture.likelihoods.model import FeedbackModel
 from prefmix.policy.mixture_model import MixtureOutput
 from prefmix.training.metrics_log import Meter, Sums, batch_sums
 from prefmix.training.objective import likelihoods
@@ -21,7 +22,8 @@ def sums_of(rows: torch.Tensor, resp: torch.Tensor) -> Sums:
     generator = torch.Generator().manual_seed(0)
     log_probs, ref = (-30 + torch.randn(4, 2, generator=generator) for _ in range(2))
     output = MixtureOutput(log_probs, ref, torch.tensor([0.25, 0.75]).log().expand(len(rows), 2))
-    lik = likelihoods(output, CHOSEN[rows], REJECTED[rows], beta=torch.tensor([0.1, 0.5]), label_noise=0.0)
+    batch = {"chosen": CHOSEN[rows], "rejected": REJECTED[rows]}
+    lik = likelihoods(output, batch, beta=torch.tensor([0.1, 0.5]), model=FeedbackModel())
     q = EStep(resp[rows], resp[rows].log())
     group_weight = torch.ones(len(rows))
     bound = elbo_rows(lik.log_lik, output.log_weights, q.resp, q.log_q, WEIGHT[rows], group_weight)

@@ -16,6 +16,11 @@ _GROUPS = {
     "run": "transformers' fields with another default here, and why",
     "trainer": "transformers' TrainingArguments",
 }
+# Read only where another field says so: the short help leaves them out.
+_DEPENDENT = (
+    *("label_smoothing", "simpo_gamma", "tie_strength", "dr_dpo_beta"),
+    *("membership_dim", "membership_samples", "membership_estep", "kl_annealing", "free_bits", "combine"),
+)
 _WIDTH = 118
 _SHOWN_CHOICES = 6
 
@@ -41,6 +46,8 @@ def help_text(every_field: bool) -> str:
     lines = []
     for origin, title in _GROUPS.items():
         docs = [doc for doc in all_fields().values() if doc.origin == origin]
+        if not every_field:
+            docs = [doc for doc in docs if doc.name not in _DEPENDENT]
         if origin == "trainer" and not every_field:
             docs = [doc for doc in docs if doc.name in COMMON_TRAINER_FIELDS]
             title += f", those used most (--help all shows {len(all_fields())} fields)"

@@ -13,7 +13,6 @@ RENAMED = {
     "train_file": "train_data",
     "lora_r": "expert_rank",
     "lora_rank": "expert_rank",
-    "label_smoothing": "label_noise",
     "per_device_batch_size": "per_device_train_batch_size",
     "train_batch_size": "per_device_train_batch_size",
     "batch_size": "per_device_train_batch_size",
@@ -25,7 +24,7 @@ RENAMED = {
 _REFERENCE = "the frozen base is the reference, and its log-probabilities come from the same pass"
 _LORA = "LoRA is part of an expert: branch_depth says in which blocks, expert_rank and lora_alpha how large"
 _TARGETS = "LoRA goes into every linear layer of the last branch_depth blocks (-1: all)"
-_LOSS = "the loss is the mixture's evidence bound over the sigmoid likelihood (at num_experts 1: DPO's)"
+_LOSS = "the loss is the mixture's evidence bound over one loss_type (at num_experts 1: that loss)"
 _LENGTH = "max_length bounds prompt and completion together; truncation_mode says which end stays"
 _QUANTIZED = "load_in_8bit and load_in_4bit are all there is to choose"
 _DATA = "train_data and eval_data are files, folders or hub names"
@@ -47,8 +46,8 @@ EXPLAINED = {
     **dict.fromkeys(("use_rslora", "use_dora"), "experts are plain LoRA, which every server loads"),
     **dict.fromkeys(
         (
-            *("loss_type", "loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef"),
-            *("use_weighting", "use_weighting_policy", "discopop_tau", "router_aux_loss_coef", "simpo_gamma"),
+            *("loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef"),
+            *("use_weighting", "use_weighting_policy", "discopop_tau", "router_aux_loss_coef"),
         ),
         _LOSS,
     ),

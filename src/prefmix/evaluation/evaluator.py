@@ -103,7 +103,7 @@ def evaluate(
         name=name,
         num_comparisons=len(table),
         num_users=len(np.unique(table.user[table.user >= 0])),
-        num_texts=len(np.unique(np.stack([table.chosen, table.rejected]))),
+        num_texts=len(np.unique(table.compared)),
         reference=_figures(predictions["reference"], table, everything, seed),
         population=_figures(predictions["population"], table, everything, seed),
         personalised=_figures(predictions["personalised"], table, known, seed) if known.any() else None,
@@ -119,7 +119,7 @@ def evaluate(
 
 
 def _each_alone(scores: RowScores) -> list[float]:
-    return [accuracy(logit) for logit in (scores.log_lik - scores.log_lik_reversed).T.numpy()]
+    return [accuracy(logit) for logit in (scores.win - scores.log_lik_reversed).T.numpy()]
 
 
 def score_table(
@@ -140,6 +140,7 @@ def score_table(
             max_length=config.max_length,
             truncation_mode=config.truncation_mode,
             users=policy.users.names,
+            keep_ties=config.feedback_model.keeps_ties,
         )
     if len(table) == 0:
         raise ValueError("rows: no comparison to evaluate; give at least one row that is not a tie")
@@ -147,7 +148,7 @@ def score_table(
     known_user = np.where(table.user >= 0, index[table.user], -1) if len(index) else np.full(len(table), -1)
     if states is None and cache is not None:
         states = cache.states(policy, table)
-    scores = score_rows(policy.model.experts, table, beta=config.beta, label_noise=config.label_noise, states=states)
+    scores = score_rows(policy.model.experts, table, beta=config.beta, feedback=config.feedback_model, states=states)
     return ScoredTable(table, known_user, scores, policy.table_gate_log_weights(table).double().cpu())
 
 
@@ -217,7 +218,7 @@ def new_user_curve(
             context_person[shown],
             context.table.weight[shown],
         )
-        predictions = predict(log_weights, RowScores(*(part[rows] for part in scored.scores)))
+        predictions = predict(log_weights, scored.scores.select(rows))
         by_size[n] = figures(predictions, person[rows], table.group[rows], table.groups, seed)
     return NewUserCurve(by_size, met)
 

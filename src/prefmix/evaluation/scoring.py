@@ -16,7 +16,21 @@ from torch import Tensor
 
 from prefmix.data.comparisons import ComparisonTable, TextTable
 from prefmix.experts.interface import AbstractExperts, ExpertLogProbs, PackedStates
-from prefmix.mixture.bradley_terry import implicit_rewards, margins, mixture_log_lik, preference_log_lik
+from prefmix.mixture.bradley_terry import mixture_log_lik
+from prefmix.mixture.likelihoods.feedback import (
+    FeedbackLogLik,
+    FeedbackRows,
+    Sides,
+    feedback_log_lik,
+    marginal_log_lik,
+    marginal_logit,
+    normalised,
+    pair_outcomes,
+    sides_of,
+)
+from prefmix.mixture.likelihoods.model import PROPER, FeedbackModel
+from prefmix.mixture.likelihoods.soft_labels import soft_label_log_lik
+from prefmix.policy.feedback_rows import check_feedback, table_rows
 from prefmix.policy.text_scores import text_log_probs
 
 
@@ -28,26 +42,62 @@ class States(Protocol):
         ...
 
 
+class Marginal(NamedTuple):
+    """What a likelihood of the whole mixture ("bt_lse", "policy") reads.
+
+    Attributes:
+        sides: log-probabilities of both responses of each row.
+        beta: [K] beta_k.
+        model: names the likelihood.
+    """
+
+    sides: Sides
+    beta: Float[Tensor, "K"]
+    model: FeedbackModel
+
+
 class RowScores(NamedTuple):
     """What the experts say of B comparisons; float64, nats, on the CPU.
 
     Attributes:
-        log_lik: [B, K] log p_k(y_w > y_l), label noise included.
+        log_lik: [B, K] evidence of the row: log p_k(y_w > y_l), label noise included, or the loss of another kind.
         log_lik_reversed: [B, K] log p_k(y_l > y_w).
         ref_logit: [B] log pi_ref(y_w) - log pi_ref(y_l), mean over the experts' references.
+        log_win: [B, K] log p_k(y_w > y_l) where `log_lik` is something else (ties, rankings, soft labels, losses that
+            are no likelihoods: there it is the normalised one); None: it is that. At ties equal to `log_lik_reversed`.
+        log_prob: [B, K] log-probability of the row where that is not `log_win`; None: it is.
+        marginal: under a likelihood of the whole mixture; None: likelihoods of experts are mixed.
     """
 
     log_lik: Float[Tensor, "B K"]
     log_lik_reversed: Float[Tensor, "B K"]
     ref_logit: Float[Tensor, "B"]
+    log_win: Float[Tensor, "B K"] | None = None
+    log_prob: Float[Tensor, "B K"] | None = None
+    marginal: Marginal | None = None
+
+    @property
+    def win(self) -> Float[Tensor, "B K"]:
+        """[B, K] log p_k(y_w > y_l)."""
+        return self.log_lik if self.log_win is None else self.log_win
+
+    def select(self, rows: np.ndarray) -> RowScores:
+        """The scores of some rows ([B] bool)."""
+        kept = {
+            name: None if part is None else part[rows] for name, part in self._asdict().items() if name != "marginal"
+        }
+        if self.marginal is None:
+            return RowScores(**kept)
+        sides = Sides(*(side[rows] for side in self.marginal.sides))
+        return RowScores(**kept, marginal=self.marginal._replace(sides=sides))
 
 
 class Predictions(NamedTuple):
     """A model's opinion of B comparisons under given weights.
 
     Attributes:
-        log_prob: [B] log sum_k w_k p_k(y_w > y_l), nats.
-        logit: [B] log p(y_w > y_l) - log p(y_l > y_w), nats; exactly 0 without an opinion.
+        log_prob: [B] log sum_k w_k p_k(y_w > y_l), or of a row's tie or order, nats.
+        logit: [B] log p(y_w > y_l) - log p(y_l > y_w), nats; exactly 0 without an opinion, and at ties.
     """
 
     log_prob: np.ndarray
@@ -62,9 +112,13 @@ def predict(log_weights: Float[Tensor, "B K"], scores: RowScores) -> Predictions
         scores: of the same rows.
     """
     log_weights_BK = log_weights.double()
-    forward = mixture_log_lik(log_weights_BK, scores.log_lik)
+    if scores.marginal is not None:
+        mixture = marginal_log_lik(log_weights_BK, *scores.marginal)
+        return Predictions(mixture.numpy(), marginal_logit(log_weights_BK, *scores.marginal).numpy())
+    forward = mixture_log_lik(log_weights_BK, scores.win)
     backward = mixture_log_lik(log_weights_BK, scores.log_lik_reversed)
-    return Predictions(forward.numpy(), (forward - backward).numpy())
+    log_prob = forward if scores.log_prob is None else mixture_log_lik(log_weights_BK, scores.log_prob)
+    return Predictions(log_prob.numpy(), (forward - backward).numpy())
 
 
 def reference_predictions(scores: RowScores) -> Predictions:
@@ -81,7 +135,7 @@ def score_rows(
     table: ComparisonTable,
     *,
     beta: Sequence[float],
-    label_noise: float = 0.0,
+    feedback: FeedbackModel | None = None,
     states: States | None = None,
     tokens_per_chunk: int = 2048,
 ) -> RowScores:
@@ -91,22 +145,42 @@ def score_rows(
         experts: K experts.
         table: B comparisons; only texts that they name are read.
         beta: K values.
-        label_noise: e of `preference_log_lik`.
+        feedback: the observation model; None: Bradley-Terry without noise.
         states: cached trunk states of `table.texts`, or None to read token ids.
         tokens_per_chunk: completion tokens (padded tokens without states) that go through the experts at once.
     """
-    used, local = np.unique(np.stack([table.chosen, table.rejected]), return_inverse=True)
-    chosen, rejected = torch.from_numpy(local.reshape(2, -1).astype(np.int64))
+    model = FeedbackModel() if feedback is None else feedback
+    check_feedback(table, model)
+    used = np.unique(table.compared)
+    rows = table_rows(table, used)
     log_probs = _text_log_probs(experts, table.texts, used, states, tokens_per_chunk)
     policy_NK, reference_NK = log_probs.log_probs.double(), log_probs.ref_log_probs.double()
-    rewards_NK = implicit_rewards(policy_NK, reference_NK, torch.tensor(beta, dtype=torch.float64))
-    margins_BK = margins(rewards_NK, chosen, rejected)
+    beta_K = torch.tensor(beta, dtype=torch.float64)
+    lik = feedback_log_lik(policy_NK, reference_NK, rows, beta_K, model)
     reference_N = reference_NK.mean(dim=1)
-    return RowScores(
-        preference_log_lik(margins_BK, label_noise),
-        preference_log_lik(-margins_BK, label_noise),
-        reference_N[chosen] - reference_N[rejected],
-    )
+    scores = _row_scores(lik, rows, reference_N[rows.chosen] - reference_N[rows.rejected], beta_K, model)
+    if model.likelihood == "mbt":
+        return scores
+    return scores._replace(marginal=Marginal(sides_of(policy_NK, reference_NK, rows), beta_K, model))
+
+
+def _row_scores(
+    lik: FeedbackLogLik,
+    rows: FeedbackRows,
+    ref_logit: Float[Tensor, "B"],
+    beta: Float[Tensor, "K"],
+    model: FeedbackModel,
+) -> RowScores:
+    outcomes = pair_outcomes(lik.margins, beta, model)
+    if model.is_plain and rows.label is None and rows.rankings is None:
+        return RowScores(lik.log_lik, outcomes.loss, ref_logit)
+    win, tie, loss = normalised(outcomes)
+    log_prob = lik.log_lik
+    if model.loss_type not in PROPER or model.label_smoothing:
+        log_prob = win if rows.label is None else soft_label_log_lik(win, loss, rows.label)
+    if rows.tie is not None:
+        win, loss = (torch.where(rows.tie.unsqueeze(1), tie, side) for side in (win, loss))
+    return RowScores(lik.log_lik, loss, ref_logit, win, log_prob)
 
 
 def _text_log_probs(

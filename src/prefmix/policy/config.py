@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from prefmix.mixture.likelihoods.model import FeedbackModel
+
 FORMAT_VERSION = 1
 
 
@@ -20,6 +22,7 @@ class PolicyConfig:
         base_source: hub name or folder of the base model; `./base` where the policy folder holds a copy.
         base_sha256: hash of the base model's content; another base is refused.
         label_noise: e in p = (1-e) sigmoid(m) + e sigmoid(-m).
+        feedback: what else the loss was (`FeedbackModel.to_dict`); empty: Bradley-Terry, mixed.
         base_revision: revision on the hub, null for its main branch.
         base_gguf_file: file within `base_source`, where that is a GGUF repository.
         quantization: "8bit" or "4bit" where bitsandbytes holds the base's linear layers; null: whole weights.
@@ -47,6 +50,7 @@ class PolicyConfig:
     experts: Mapping[str, Any] = field(default_factory=dict)
     gate: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    feedback: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -59,6 +63,12 @@ class PolicyConfig:
             raise ValueError(f"beta={list(self.beta)}: give one positive number for each expert")
         if not 0 <= self.label_noise < 0.5:
             raise ValueError(f"label_noise={self.label_noise}: must be at least 0 and below 0.5")
+        FeedbackModel.from_dict(self.feedback, self.label_noise)
+
+    @property
+    def feedback_model(self) -> FeedbackModel:
+        """How rows become log-likelihoods."""
+        return FeedbackModel.from_dict(self.feedback, self.label_noise)
 
     @property
     def num_experts(self) -> int:

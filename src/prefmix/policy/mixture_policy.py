@@ -18,18 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefmix.data.comparisons import ComparisonTable
 from prefmix.data.tokenization import tokenize_rows, tokenize_texts
 from prefmix.data.users import MetadataEncoder
-from prefmix.mixture.bradley_terry import implicit_rewards, mixture_log_lik
+from prefmix.mixture.bradley_terry import mixture_log_lik
 from prefmix.policy.config import PolicyConfig
 from prefmix.policy.folder import policy_home
 from prefmix.policy.generation import DECODERS, SamplingOptions, rho_dtype
 from prefmix.policy.mixture_model import MixtureModel
-from prefmix.policy.preferences import (
-    PreferenceScores,
-    Ranked,
-    beating_probability,
-    preference_scores,
-    score_dicts,
-)
+from prefmix.policy.preferences import PreferenceScores, Ranked, candidate_scores, preference_scores, score_dicts
 from prefmix.policy.prompts import Prompt, is_single_prompt, prompt_list, prompt_token_ids
 from prefmix.policy.questions import Question, rank_questions
 from prefmix.policy.responses import left_pad, stream_response, write_responses
@@ -239,7 +233,7 @@ class MixturePolicy:
         names = [table.users[i] if i >= 0 else None for i in table.user]
         prompts = [table.texts.prompts[i] for i in table.prompt]
         log_weights = self._user_weights().posterior(prompts, names, list(table.metadata))
-        scored = score_dicts(scores, log_weights, names, table.source_row.tolist())
+        scored = score_dicts(scores, log_weights, names, table.source_row.tolist(), self.config)
         return [scored.get(row, {"row": row, "dropped": True}) for row in range(len(rows))]
 
     def rank(
@@ -251,10 +245,8 @@ class MixturePolicy:
             raise ValueError("candidates=[]: give at least one response to rank")
         texts = tokenize_texts(((prompt, candidate) for candidate in candidates), self.tokenizer, **self._truncation())
         log_probs = text_log_probs(self.model.experts, texts)
-        beta = torch.tensor(self.config.beta, dtype=torch.float64)
-        rewards = implicit_rewards(log_probs.log_probs.double(), log_probs.ref_log_probs.double(), beta)
         log_weights = self._user_weights().posterior([texts.prompts[0]], [user], [metadata])[0]
-        scores = beating_probability(rewards, log_weights, self.config.label_noise)
+        scores = candidate_scores(log_probs, texts, log_weights, self.config)
         order = torch.argsort(scores, descending=True, stable=True).tolist()
         return [Ranked(candidates[i], float(scores[i]), i) for i in order]
 
@@ -339,16 +331,18 @@ class MixturePolicy:
     def _truncation(self) -> dict[str, Any]:
         return {"max_length": self.config.max_length, "truncation_mode": self.config.truncation_mode}
 
+    def _reading(self) -> dict[str, Any]:
+        return {**self._truncation(), "keep_ties": self.config.feedback_model.keeps_ties}
+
     def _prompts(self, prompt: Prompt | None) -> list[list[int]] | None:
         return None if prompt is None else [prompt_token_ids(prompt, self.tokenizer)]
 
     def _table(self, rows: Sequence[Mapping[str, Any]]) -> ComparisonTable:
-        return tokenize_rows(rows, self.tokenizer, users=self.users.names, progress=False, **self._truncation())
+        return tokenize_rows(rows, self.tokenizer, users=self.users.names, progress=False, **self._reading())
 
     def _preference_scores(self, table: ComparisonTable) -> PreferenceScores:
         log_probs = text_log_probs(self.model.experts, table.texts)
-        chosen, rejected = torch.from_numpy(table.chosen), torch.from_numpy(table.rejected)
-        return preference_scores(log_probs, chosen, rejected, torch.tensor(self.config.beta), self.config.label_noise)
+        return preference_scores(log_probs, table, self.config)
 
     def _generation_weights(
         self,

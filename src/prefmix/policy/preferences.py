@@ -5,31 +5,51 @@ Legend: B comparisons, C candidates, K experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from prefmix.data.comparisons import ComparisonTable, TextTable
 from prefmix.experts.interface import ExpertLogProbs
-from prefmix.mixture.bradley_terry import implicit_rewards, margins, mixture_log_lik, preference_log_lik
+from prefmix.mixture.bradley_terry import mixture_log_lik
+from prefmix.mixture.likelihoods.feedback import (
+    FeedbackRows,
+    Sides,
+    feedback_log_lik,
+    marginal_log_lik,
+    normalised,
+    pair_outcomes,
+    sides_of,
+    text_rewards,
+)
+from prefmix.mixture.likelihoods.model import PROPER, FeedbackModel
+from prefmix.policy.config import PolicyConfig
+from prefmix.policy.feedback_rows import check_feedback, table_rows
 
 
 class PreferenceScores(NamedTuple):
     """B comparisons under every expert.
 
     Attributes:
-        rewards_chosen: [B, K] r_k(x, y_w) = beta_k (log pi_k - log pi_ref(k)), nats.
+        rewards_chosen: [B, K] r_k(x, y_w), nats; beta_k (log pi_k - log pi_ref(k)) but for losses with another reward.
         rewards_rejected: [B, K] r_k(x, y_l).
         margins: [B, K] m_k = r_k(x, y_w) - r_k(x, y_l).
-        log_lik: [B, K] log p_k(y_w > y_l), label noise included, nats.
+        log_lik: [B, K] what the row says for each expert: log p_k(y_w > y_l), label noise included, nats; of ties,
+            rankings and pseudo-likelihoods the training loss's.
+        log_prob: [B, K] log-probability of the row; `log_lik` where that is one.
+        sides: log-probabilities of both responses.
     """
 
     rewards_chosen: Float[Tensor, "B K"]
     rewards_rejected: Float[Tensor, "B K"]
     margins: Float[Tensor, "B K"]
     log_lik: Float[Tensor, "B K"]
+    log_prob: Float[Tensor, "B K"]
+    sides: Sides
 
 
 class Ranked(NamedTuple):
@@ -46,33 +66,60 @@ class Ranked(NamedTuple):
     position: int
 
 
-def preference_scores(
-    log_probs: ExpertLogProbs,
-    chosen: Int[Tensor, "B"],
-    rejected: Int[Tensor, "B"],
-    beta: Float[Tensor, "K"],
-    label_noise: float,
-) -> PreferenceScores:
+def preference_scores(log_probs: ExpertLogProbs, table: ComparisonTable, config: PolicyConfig) -> PreferenceScores:
     """Rewards, margins and likelihoods of comparisons between texts.
 
     Args:
-        log_probs: of N texts.
-        chosen: [B] index of the preferred text.
-        rejected: [B] index of the other.
-        beta: [K] beta_k.
-        label_noise: e.
+        log_probs: of the table's texts.
+        table: B comparisons.
+        config: beta and the observation model.
+
+    Raises:
+        ValueError: rows that the observation model has no likelihood for.
     """
-    rewards = implicit_rewards(log_probs.log_probs.double(), log_probs.ref_log_probs.double(), beta.double())
-    margins_BK = margins(rewards, chosen, rejected)
-    return PreferenceScores(rewards[chosen], rewards[rejected], margins_BK, preference_log_lik(margins_BK, label_noise))
+    rows, model, beta = table_rows(table), config.feedback_model, torch.tensor(config.beta, dtype=torch.float64)
+    check_feedback(table, model)
+    texts = (log_probs.log_probs.double(), log_probs.ref_log_probs.double())
+    lik = feedback_log_lik(*texts, rows, beta, model)
+    probability = lik.log_lik
+    if model.loss_type not in PROPER:
+        probability = normalised(pair_outcomes(lik.margins, beta, model)).win
+    rewards = lik.rewards[rows.chosen], lik.rewards[rows.rejected]
+    return PreferenceScores(*rewards, lik.margins, lik.log_lik, probability, sides_of(*texts, rows))
 
 
-def beating_probability(
-    rewards: Float[Tensor, "C K"], log_weights: Float[Tensor, "K"], label_noise: float
+def candidate_scores(
+    log_probs: ExpertLogProbs,
+    candidates: TextTable,
+    log_weights: Float[Tensor, "K"],
+    config: PolicyConfig,
 ) -> Float[Tensor, "C"]:
     """How often a candidate wins against another one drawn at random, as this user would judge.
 
-        s_i = 1 / (C - 1) sum_{j != i} sum_k w_k p_k(i > j)
+    Args:
+        log_probs: of the C candidates.
+        candidates: their texts.
+        log_weights: [K] log w_k of the user.
+        config: beta and the observation model: `beating_probability` under "mbt", else one scalar reward.
+    """
+    texts = (log_probs.log_probs.double(), log_probs.ref_log_probs.double())
+    model, beta, num = config.feedback_model, torch.tensor(config.beta, dtype=torch.float64), len(candidates)
+    if model.likelihood == "mbt":
+        num_tokens = torch.tensor([len(ids) for ids in candidates.completion_ids])
+        rewards = text_rewards(*texts, beta, num_tokens, model)
+        return beating_probability(rewards, log_weights, beta, model)
+    first = torch.arange(num).repeat_interleave(num)
+    pairs = sides_of(*texts, FeedbackRows(first, torch.arange(num).repeat(num)))
+    log_lik = marginal_log_lik(log_weights.double().expand(num * num, -1), pairs, beta, model)
+    return _mean_over_others(log_lik.exp().view(num, num))
+
+
+def beating_probability(
+    rewards: Float[Tensor, "C K"], log_weights: Float[Tensor, "K"], beta: Float[Tensor, "K"], model: FeedbackModel
+) -> Float[Tensor, "C"]:
+    """How often a candidate wins against another one drawn at random, as this user would judge.
+
+        s_i = 1 / (C - 1) sum_{j != i} sum_k w_k [p_k(i > j) + p_k(i = j) / 2]
 
     Each expert judges by one scalar reward, but the mixture's pairwise majority need not be transitive; this average (a
     Borda count in expectation) always orders. A single candidate scores 0.5.
@@ -80,14 +127,21 @@ def beating_probability(
     Args:
         rewards: [C, K] implicit rewards.
         log_weights: [K] log w_k of the user.
-        label_noise: e of p_k, which shrinks scores towards 0.5 and changes no order.
+        beta: [K] beta_k.
+        model: gives p_k; label noise and ties shrink scores towards 0.5 and change no order.
     """
     num = len(rewards)
-    if num == 1:
-        return torch.full((1,), 0.5, dtype=rewards.dtype)
-    log_lik = preference_log_lik((rewards[:, None] - rewards[None]).flatten(0, 1), label_noise)
-    wins = mixture_log_lik(log_weights.to(rewards.dtype).expand(num * num, -1), log_lik).exp().view(num, num)
-    return (wins.sum(dim=1) - wins.diagonal()) / (num - 1)
+    margins_BK = (rewards[:, None] - rewards[None]).flatten(0, 1)
+    outcomes = normalised(pair_outcomes(margins_BK, beta.to(rewards.dtype), model))
+    beats = torch.logaddexp(outcomes.win, outcomes.tie - math.log(2))
+    wins = mixture_log_lik(log_weights.to(rewards.dtype).expand(num * num, -1), beats).exp().view(num, num)
+    return _mean_over_others(wins)
+
+
+def _mean_over_others(wins: Float[Tensor, "C C"]) -> Float[Tensor, "C"]:
+    if len(wins) == 1:
+        return torch.full((1,), 0.5, dtype=wins.dtype)
+    return (wins.sum(dim=1) - wins.diagonal()) / (len(wins) - 1)
 
 
 def score_dicts(
@@ -95,9 +149,14 @@ def score_dicts(
     log_weights: Float[Tensor, "B K"],
     users: Sequence[str | None],
     source_rows: Sequence[int],
+    config: PolicyConfig,
 ) -> dict[int, dict[str, Any]]:
     """JSON-ready scores by source row: what `MixturePolicy.score` documents."""
-    probability = mixture_log_lik(log_weights, scores.log_lik).exp()
+    model, beta = config.feedback_model, torch.tensor(config.beta, dtype=torch.float64)
+    if model.likelihood == "mbt":
+        probability = mixture_log_lik(log_weights, scores.log_prob).exp()
+    else:
+        probability = marginal_log_lik(log_weights.double(), scores.sides, beta, model).exp()
     return {
         row: {
             "row": row,
@@ -106,7 +165,7 @@ def score_dicts(
             "rewards/chosen": scores.rewards_chosen[i].tolist(),
             "rewards/rejected": scores.rewards_rejected[i].tolist(),
             "rewards/margins": scores.margins[i].tolist(),
-            "probabilities": scores.log_lik[i].exp().tolist(),
+            "probabilities": scores.log_prob[i].exp().tolist(),
             "probability": float(probability[i]),
         }
         for i, row in enumerate(source_rows)

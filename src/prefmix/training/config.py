@@ -7,7 +7,9 @@ from dataclasses import dataclass, fields
 import torch
 from transformers import TrainingArguments
 
+from prefmix.mixture.likelihoods.model import FeedbackModel
 from prefmix.training.expert_options import default_learning_rate
+from prefmix.training.likelihood_options import feedback_model
 from prefmix.training.options import MixtureOptions, RunOptions, reads_states, validate_options
 from prefmix.training.processes import needs_cpu
 
@@ -59,6 +61,11 @@ class MixtureConfig(MixtureOptions, RunOptions, TrainingArguments):  # type: ign
     def quantization(self) -> str | None:
         """What `load_base` is asked for: "8bit", "4bit" or None."""
         return "8bit" if self.load_in_8bit else "4bit" if self.load_in_4bit else None
+
+    @property
+    def feedback_model(self) -> FeedbackModel:
+        """How rows become log-likelihoods."""
+        return feedback_model(vars(self))
 
     @property
     def betas(self) -> list[float]:

@@ -37,7 +37,7 @@ def held_out_metrics(trainer: MixtureTrainer, comparisons: Comparisons, prefix: 
         mixture.experts,
         table,
         beta=trainer.args.betas,
-        label_noise=trainer.args.label_noise,
+        feedback=trainer.args.feedback_model,
         states=comparisons.states,
     )
     terms = unknown_user_log_weights(mixture, comparisons)

@@ -6,14 +6,18 @@ Nothing here holds a module or a state. Legend: N texts, B comparisons, K expert
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from prefmix.mixture.bradley_terry import implicit_rewards, margins, preference_log_lik
 from prefmix.mixture.estep import ESTEPS, EStep, EStepFunction
+from prefmix.mixture.likelihoods.dr_dpo import distributionally_robust_sum
+from prefmix.mixture.likelihoods.feedback import FeedbackRows, feedback_log_lik, marginal_log_lik, sides_of
+from prefmix.mixture.likelihoods.model import PER_TOKEN, FeedbackModel
+from prefmix.mixture.likelihoods.plackett_luce import Rankings
 from prefmix.policy.mixture_model import MixtureOutput
 
 
@@ -24,7 +28,7 @@ class Likelihoods(NamedTuple):
         chosen_rewards: [B, K] r_k(x_i, y_w).
         rejected_rewards: [B, K] r_k(x_i, y_l).
         margins: [B, K] m_ik = r_k(x_i, y_w) - r_k(x_i, y_l).
-        log_lik: [B, K] log p_ik = log[(1-e) sigmoid(m_ik) + e sigmoid(-m_ik)], nats; carries the gradient.
+        log_lik: [B, K] log p_ik, by default log[(1-e) sigmoid(m_ik) + e sigmoid(-m_ik)], nats; carries the gradient.
     """
 
     chosen_rewards: Float[Tensor, "B K"]
@@ -33,27 +37,66 @@ class Likelihoods(NamedTuple):
     log_lik: Float[Tensor, "B K"]
 
 
+def batch_rows(inputs: Mapping[str, Tensor], model: FeedbackModel) -> FeedbackRows:
+    """What a batch of `data.collator` says of its texts.
+
+    Args:
+        inputs: the batch.
+        model: lengths are counted where its rewards are per token.
+    """
+    num_tokens = None
+    if model.loss_type in PER_TOKEN:
+        num_tokens = _completion_lengths(inputs)
+    order = [inputs[name] for name in ("ranked", "ranked_size", "ranked_stages") if name in inputs]
+    rankings = Rankings(*order) if order else None
+    pair = inputs["chosen"], inputs["rejected"]
+    return FeedbackRows(*pair, num_tokens, inputs.get("tie"), inputs.get("label"), rankings)
+
+
+def _completion_lengths(inputs: Mapping[str, Tensor]) -> Int[Tensor, "N"]:
+    if "completion_mask" in inputs:
+        return inputs["completion_mask"].sum(1)
+    return torch.bincount(inputs["segments"], minlength=len(inputs["text_ids"]))
+
+
 def likelihoods(
-    output: MixtureOutput,
-    chosen: Int[Tensor, "B"],
-    rejected: Int[Tensor, "B"],
-    *,
-    beta: Float[Tensor, "K"],
-    label_noise: float,
+    output: MixtureOutput, inputs: Mapping[str, Tensor], *, beta: Float[Tensor, "K"], model: FeedbackModel
 ) -> Likelihoods:
-    """Bradley-Terry log-likelihoods of a batch under every expert.
+    """Log-likelihoods of a batch under every expert.
 
     Args:
         output: log-probabilities of the batch's N texts.
-        chosen: [B] index among the batch's texts.
-        rejected: [B] index among the batch's texts.
+        inputs: the batch.
         beta: [K] beta_k.
-        label_noise: e, share of flipped labels.
+        model: the observation model.
     """
-    rewards_NK = implicit_rewards(output.log_probs, output.ref_log_probs, beta)
-    margins_BK = margins(rewards_NK, chosen, rejected)
-    log_lik_BK = preference_log_lik(margins_BK, label_noise)
-    return Likelihoods(rewards_NK[chosen].detach(), rewards_NK[rejected].detach(), margins_BK.detach(), log_lik_BK)
+    rows = batch_rows(inputs, model)
+    lik = feedback_log_lik(output.log_probs, output.ref_log_probs, rows, beta, model)
+    rewards = lik.rewards.detach()
+    return Likelihoods(rewards[rows.chosen], rewards[rows.rejected], lik.margins.detach(), lik.log_lik)
+
+
+def marginal_bound(
+    output: MixtureOutput, inputs: Mapping[str, Tensor], *, beta: Float[Tensor, "K"], model: FeedbackModel
+) -> Float[Tensor, "B"]:
+    """[B] a_i log p(y_w > y_l) of the whole mixture, with gradient in experts and gate (`likelihood` not "mbt")."""
+    sides = sides_of(output.log_probs, output.ref_log_probs, batch_rows(inputs, model))
+    log_lik = marginal_log_lik(output.log_weights, sides, beta, model)
+    return inputs["weight"].to(log_lik.dtype) * log_lik
+
+
+def robust_bound(bound: Float[Tensor, "B"], weight: Float[Tensor, "B"], robustness: float | None) -> Float[Tensor, "B"]:
+    """Rows whose sum is Dr. DPO's aggregate of the rows' bounds; the bounds themselves without `robustness`.
+
+    Args:
+        bound: [B] a_i times the bound of each row.
+        weight: [B] a_i.
+        robustness: beta', nats.
+    """
+    if robustness is None:
+        return bound
+    each = bound / torch.where(weight > 0, weight, 1.0).to(bound.dtype)
+    return distributionally_robust_sum(each, weight, robustness)
 
 
 class Taught(NamedTuple):
@@ -70,14 +113,16 @@ class Taught(NamedTuple):
     log_weights: Float[Tensor, "B K"]
 
 
-def learners_of_texts(
-    coefficient: Float[Tensor, "B K"], chosen: Int[Tensor, "B"], rejected: Int[Tensor, "B"], num_texts: int
-) -> Bool[Tensor, "N K"]:
+def learners_of_texts(coefficient: Float[Tensor, "B K"], inputs: Mapping[str, Tensor]) -> Bool[Tensor, "N K"]:
     """Which experts must be differentiated on which texts: those that learn from a row that has the text."""
-    learners = torch.zeros(num_texts, coefficient.shape[1], dtype=torch.bool, device=coefficient.device)
-    row, expert = (coefficient != 0).nonzero(as_tuple=True)
-    for text in (chosen, rejected):
-        learners[text[row], expert] = True
+    learns = coefficient != 0
+    if "ranked" in inputs:
+        text, learns = inputs["ranked"], learns.repeat_interleave(inputs["ranked_size"], dim=0)
+    else:
+        text, learns = torch.cat([inputs["chosen"], inputs["rejected"]]), learns.repeat(2, 1)
+    learners = learns.new_zeros(len(inputs["text_ids"]), coefficient.shape[1])
+    place, expert = learns.nonzero(as_tuple=True)
+    learners[text[place], expert] = True
     return learners
 
 

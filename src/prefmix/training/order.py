@@ -38,7 +38,10 @@ def training_order(
 
 
 def longer_text(table: ComparisonTable) -> Int[np.ndarray, "B"]:
-    """Tokens of the longer of a comparison's two texts, prompt included."""
+    """Tokens of the longest of a comparison's texts, prompt included."""
     texts = zip(table.texts.prompt_ids, table.texts.completion_ids, strict=True)
     lengths = np.array([len(prompt) + len(completion) for prompt, completion in texts], dtype=np.int64)
+    if table.ranked is not None:
+        starts = np.cumsum(table.ranked.size) - table.ranked.size
+        return np.maximum.reduceat(lengths[table.ranked.texts], starts)
     return np.maximum(lengths[table.chosen], lengths[table.rejected])

@@ -44,7 +44,7 @@ def training_log_lik(trainer: MixtureTrainer) -> Float[Tensor, "B K"]:
         trainer.mixture.experts,
         comparisons.table,
         beta=args.betas,
-        label_noise=args.label_noise,
+        feedback=args.feedback_model,
         states=comparisons.states,
     ).log_lik
 
@@ -133,6 +133,7 @@ def build_policy(trainer: MixtureTrainer, log_lik: Float[Tensor, "B K"]) -> Mixt
         base_source=base.source,
         base_sha256=base.sha256,
         label_noise=args.label_noise,
+        feedback=args.feedback_model.to_dict(),
         base_revision=args.model_revision,
         base_gguf_file=gguf_file,
         quantization=cast(Any, quantization_of(base.model)),
@@ -160,6 +161,7 @@ def identity(args: MixtureConfig, base: BaseModel, table: ComparisonTable, laten
     if latent == "membership":
         dim = membership_dim(args.num_experts, args.membership_dim)
         spread |= {"membership_dim": dim, "membership_estep": args.membership_estep}
+    feedback = {"feedback": said} if (said := args.feedback_model.to_dict()) else {}
     return spread | {
         "data_sha256": table_sha256(table),
         "base_sha256": base.sha256,
@@ -169,6 +171,7 @@ def identity(args: MixtureConfig, base: BaseModel, table: ComparisonTable, laten
         "gate": list(args.gate),
         "gate_update": args.gate_update,
         "latent": latent,
+        **feedback,
     }
 
 
@@ -178,6 +181,8 @@ def table_sha256(table: ComparisonTable) -> str:
     for lists in (table.texts.prompt_ids, table.texts.completion_ids):
         for ids in lists:
             digest.update(array("q", [len(ids), *ids]).tobytes())
-    for column in (table.chosen, table.rejected, table.user, table.weight):
+    ranked = () if table.ranked is None else (table.ranked.texts, table.ranked.size, table.ranked.stages)
+    further = [column for column in (table.tie, table.label) if column is not None]
+    for column in (table.chosen, table.rejected, table.user, table.weight, *further, *ranked):
         digest.update(np.ascontiguousarray(column).tobytes())
     return digest.hexdigest()

@@ -26,6 +26,7 @@ from prefmix.experts.interface import AbstractExperts
 from prefmix.experts.quantization import quantization_of
 from prefmix.experts.trunk_cache import TrunkStates, build_trunk_states
 from prefmix.mixture.gates import Gate
+from prefmix.policy.feedback_rows import check_feedback
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.training.config import MixtureConfig
 from prefmix.training.membership_options import ENCODER_HIDDEN, membership_dim
@@ -115,6 +116,7 @@ def as_table(
         like: the training table, whose users and groups keep their indices.
     """
     if isinstance(source, ComparisonTable):
+        check_feedback(source, args.feedback_model)
         return source
     rows = read_source(source)
     table = tokenize_rows(
@@ -127,7 +129,9 @@ def as_table(
         where=rows.where,
         source=rows.name,
         progress=not args.disable_tqdm,
+        keep_ties=args.feedback_model.keeps_ties,
     )
+    check_feedback(table, args.feedback_model)
     if table.dropped:
         logger.info("%s: left out %s", rows.name, ", ".join(f"{n} rows ({why})" for why, n in table.dropped.items()))
     return table

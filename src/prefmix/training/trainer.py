@@ -20,7 +20,7 @@ from prefmix.mixture.schedule import temperature
 from prefmix.policy.mixture_model import MixtureModel, MixtureOutput
 from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.policy.user_state import UserState
-from prefmix.training import diagnostics, setup
+from prefmix.training import diagnostics, objective, setup
 from prefmix.training.callbacks import EMCallback, MetricsFileCallback
 from prefmix.training.config import MixtureConfig
 from prefmix.training.em_state import EMState
@@ -158,6 +158,10 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         group_weight = self.em.group_weight[inputs["group"]]
         rows = elbo_rows(lik.log_lik.detach(), taught.log_weights, q.resp, q.log_q, weight, group_weight)
         bound = with_gradient_of(rows.elbo, taught.log_lik, taught.coefficient, weight)
+        bound = objective.robust_bound(bound, weight, self.args.dr_dpo_beta)
+        if self.args.likelihood != "mbt" and self.state.global_step >= self.hold_steps:
+            bound = objective.marginal_bound(output, inputs, beta=self._beta, model=self.args.feedback_model)
+            rows = rows._replace(elbo=bound.detach())
         prior = self.mixture.gate.log_prior() * weight.sum() / self.em.total_weight
         loss = -(bound.sum() + prior) * self.readers.number / num_items_in_batch
         self.meter.add(batch_sums(output, lik, q, rows, evidence, weight, group_weight, chosen, rejected))
@@ -172,8 +176,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
             return undo_scale(model(**inputs), self.args.token_dropout)
 
     def _likelihoods(self, output: MixtureOutput, inputs: dict[str, Tensor]) -> Likelihoods:
-        pairs = (inputs["chosen"], inputs["rejected"])
-        return likelihoods(output, *pairs, beta=self._beta, label_noise=self.args.label_noise)
+        return likelihoods(output, inputs, beta=self._beta, model=self.args.feedback_model)
 
     def _taught(
         self, model: nn.Module, inputs: dict[str, Tensor], output: MixtureOutput, lik: Likelihoods, q: EStep
@@ -181,7 +184,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         """Who learns from which row, and their log-likelihoods with gradient."""
         coefficient = self._m_step(q.resp, samples=self.args.m_step_samples, threshold=self.args.m_step_threshold)
         if self._comes_back:
-            learners = learners_of_texts(coefficient, inputs["chosen"], inputs["rejected"], len(inputs["text_ids"]))
+            learners = learners_of_texts(coefficient, inputs)
             again = undo_scale(model(**inputs, learners=learners), self.args.token_dropout)
             output = again._replace(ref_log_probs=output.ref_log_probs)
             lik = self._likelihoods(output, inputs)
