@@ -113,10 +113,8 @@ def confirm(
 
 def _evidence(trainer: MixtureTrainer, test: ComparisonTable, states: TrunkStates) -> np.ndarray:
     """[U] log sum_k w_k prod_i p_ik of every user under the trained experts and their population's weights."""
-    policy, args = trainer.policy, trainer.args
-    scores = score_rows(
-        policy.model.experts, test, beta=policy.config.beta, label_noise=args.label_noise, states=states
-    )
+    policy = trainer.policy
+    scores = score_rows(policy.model.experts, test, beta=policy.config.beta, states=states)
     grouped = group_log_lik(
         scores.log_lik, torch.from_numpy(test.user), len(test.users), torch.from_numpy(test.weight).double()
     )
