@@ -260,7 +260,7 @@ def _table(
     for name in sorted({entry.group for entry in attributes if entry.group is not None}):
         group_index.setdefault(name, len(group_index))
     tie, label = _judgements(attributes)
-    for i in np.flatnonzero(label < 0.5):
+    for i in np.flatnonzero(label < 0.5).tolist():
         orders[i].reverse()
     label = np.maximum(label, 1 - label)
     pair = np.array([(order[0], order[-1]) for order in orders], dtype=np.int64)

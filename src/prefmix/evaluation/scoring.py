@@ -83,13 +83,17 @@ class RowScores(NamedTuple):
 
     def select(self, rows: np.ndarray) -> RowScores:
         """The scores of some rows ([B] bool)."""
-        kept = {
-            name: None if part is None else part[rows] for name, part in self._asdict().items() if name != "marginal"
-        }
-        if self.marginal is None:
-            return RowScores(**kept)
-        sides = Sides(*(side[rows] for side in self.marginal.sides))
-        return RowScores(**kept, marginal=self.marginal._replace(sides=sides))
+        marginal = self.marginal
+        if marginal is not None:
+            marginal = marginal._replace(sides=Sides(*(side[rows] for side in marginal.sides)))
+        return RowScores(
+            self.log_lik[rows],
+            self.log_lik_reversed[rows],
+            self.ref_logit[rows],
+            None if self.log_win is None else self.log_win[rows],
+            None if self.log_prob is None else self.log_prob[rows],
+            marginal,
+        )
 
 
 class Predictions(NamedTuple):

@@ -28,7 +28,7 @@ def table_rows(table: ComparisonTable, used: np.ndarray | None = None) -> Feedba
     return FeedbackRows(
         local(table.chosen),
         local(table.rejected),
-        torch.tensor([len(table.texts.completion_ids[i]) for i in texts]),
+        torch.tensor([len(table.texts.completion_ids[i]) for i in texts.tolist()]),
         None if table.tie is None else torch.from_numpy(table.tie),
         None if table.label is None else torch.from_numpy(table.label),
         None
