@@ -16,6 +16,9 @@ from torch import Tensor
 
 from prefmix.mixture.precision import at_least_float32
 
+# Rows whose float64 copies are held together while all groups are summed.
+ROWS_AT_ONCE = 65_536
+
 
 class GroupRows(NamedTuple):
     """C rows of M groups, with what is kept of them.
@@ -102,7 +105,11 @@ class UserEvidence:
         """Evidence of every group from the visited rows, float32."""
         assert not self.per_pair, "under latent='pair' no evidence is kept between batches"
         sums = torch.zeros(self.num_groups, self.num_experts, dtype=torch.float64, device=self.table.device)
-        return sums.index_add_(0, self._group, self.table.double() * self._weight.unsqueeze(1)).float()
+        # In slices: whole, the float64 copies of the table would take four times what the table does.
+        columns = (self.table, self._weight, self._group)
+        for table, weight, group in zip(*(column.split(ROWS_AT_ONCE) for column in columns), strict=True):
+            sums.index_add_(0, group, table.double().mul_(weight.unsqueeze(1)))
+        return sums.float()
 
     def rows_of(self, group: Int[Tensor, "M"]) -> GroupRows:
         """The visited rows of some groups, wherever they stand in the training set.
