@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from prefmix.evaluation.evaluator import evaluate
 from prefmix.mixture.membership import (
     GaussianQ,
     MembershipRows,
@@ -20,6 +21,7 @@ from prefmix.mixture.membership import (
 )
 from prefmix.mixture.membership_fit import fit_users
 from prefmix.policy.mixture_policy import MixturePolicy
+from prefmix.training import membership_step
 from prefmix.training.options import validate_options
 from prefmix.training.result import training_log_lik
 from prefmix.training.trainer import MixtureTrainer
@@ -136,6 +138,37 @@ def test_q_of_the_policy_is_the_fit_to_all_training_rows(make_trainer: Make) -> 
     torch.testing.assert_close(trainer.policy.users.mean, fit.q.mean, atol=1e-3, rtol=0)
 
 
+@ESTEPS
+def test_the_evaluator_personalises_known_and_new_users(
+    make_trainer: Make, make_rows: Callable[..., Rows], estep: str
+) -> None:
+    """Experts that have opposed tastes: people are served by their own comparisons, the population is not."""
+    fields = {"latent": "membership", "membership_estep": estep, "num_train_epochs": 5, "init_hold_epochs": 3}
+    trainer = make_trainer(learning_rate=2e-2, **fields)
+    trainer.train()
+    rows = make_rows(seed=1)
+    report = evaluate(trainer.policy, rows + [row | {"user": f"new {row['user']}"} for row in make_rows(seed=2)])
+    assert report.personalised is not None and report.num_known_rows == len(rows)
+    assert report.personalised.log_loss < report.population.log_loss
+    sizes = sorted(report.new_users)
+    assert sizes and report.new_users[sizes[-1]].log_loss < report.population.log_loss
+
+
+def test_prompts_metadata_and_rows_without_a_user_have_their_say(make_trainer: Make, rows: Rows) -> None:
+    anonymous = [{**row, "user": None} if i % 6 == 0 else row for i, row in enumerate(rows)]
+    terms = ["global", "prompt", "metadata"]
+    trainer = _ready(make_trainer(data=anonymous, latent="membership", init="random", gate=terms))
+    batch = trainer.data_collator(range(len(rows)))
+    trainer.compute_loss(trainer.model, batch, num_items_in_batch=1).backward()
+    assert len(trainer.em.q.mean) == 8 + 8 and bool((trainer.em.q.mean != 0).all())
+    gate = membership_step.gate_of_rows(trainer.mixture, trainer.train_comparisons, torch.arange(len(rows)))
+    torch.testing.assert_close(gate, trainer.model(**batch).log_weights.detach())
+    policy = trainer.policy
+    assert len(policy.users.mean) == 8
+    first, second = (policy.weights(prompt=text, user="user1") for text in ("What is it?", "Write a review."))
+    assert (first - second).abs().max() > 1e-3
+
+
 class Interrupt(TrainerCallback):
     """Stops a run at one step, before anything of that step is saved."""
 
@@ -145,7 +178,10 @@ class Interrupt(TrainerCallback):
 
 
 @ESTEPS
-def test_a_killed_run_resumes_bit_for_bit(make_trainer: Make, tmp_path: Path, estep: str) -> None:
+def test_a_killed_run_resumes_bit_for_bit(
+    make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estep: str
+) -> None:
+    monkeypatch.setattr(membership_step, "FIRST_LESSONS", 20)
     options = {"latent": "membership", "membership_estep": estep, "save_strategy": "steps", "save_steps": 5}
     options |= {"init_hold_epochs": 0.5}
     whole = make_trainer(output_dir=tmp_path / "whole", **options)

@@ -93,8 +93,8 @@ def context_log_weights(
     weight = torch.from_numpy(context_weight).double()
     if gate.membership is not None:
         person = torch.from_numpy(context_user)
-        rows = MembershipRows(context_gate_log_weights, context_log_lik, person, weight, num_users)
-        q = gate.membership.learn(rows)
+        shown = MembershipRows(context_gate_log_weights, context_log_lik, person, weight, num_users)
+        q = gate.membership.learn(shown)
         return gate.membership.predictive(gate_log_weights, q.select(torch.from_numpy(user)))
     if latent == "user":
         offsets = group_log_lik(context_log_lik, torch.from_numpy(context_user), num_users, weight)
