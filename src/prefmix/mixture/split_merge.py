@@ -72,7 +72,8 @@ def split_and_merge(
 
 def keep_start(fit: LinearEM, start: int) -> LinearEM:
     """One start of several."""
-    return LinearEM(*(part[start : start + 1] for part in fit[:-1]), trace=fit.trace[:, start : start + 1])
+    log_resp, log_weights, coefficients, log_evidence, penalised, _ = (part[start : start + 1] for part in fit)
+    return LinearEM(log_resp, log_weights, coefficients, log_evidence, penalised, fit.trace[:, start : start + 1])
 
 
 def split_halves(
