@@ -93,8 +93,8 @@ def test_fields_of_trl_get_a_hint(tmp_path: Path) -> None:
 
 def test_fields_of_transformers_that_cannot_work_are_refused_at_once() -> None:
     with pytest.raises(RecipeError) as caught:
-        load_recipe(None, {"fp16": True, "gradient_accumulation_steps": 0})
-    assert "fp16=true" in str(caught.value)
+        load_recipe(None, {"fp16": True, "trunk": "lora", "gradient_accumulation_steps": 0})
+    assert "fp16" in str(caught.value)
     assert "gradient_accumulation_steps=0" in str(caught.value)
 
 

@@ -73,7 +73,7 @@ def test_recipe_trains_every_arm_and_writes_what_it_found(
     written = json.loads(output.read_text(encoding="utf-8"))
     assert set(written["results"][0]["reports"]) == {"single DPO", "mixture", "mixture, random start", "oracle"}
     assert len(written["results"][0]["validation_log_loss"]["mixture"]) == 2
-    assert not any((tmp_path / "work" / "runs").iterdir())
+    assert not any((tmp_path / "work" / "runs" / "40x16").iterdir())
 
 
 def test_cut_model_is_the_whole_one_renormalised(
