@@ -1,6 +1,6 @@
 """Whole training steps against TRL's `DPOTrainer`: CPU seconds, memory, share of the machine's peak.
 
-    python benchmarks/training.py                                   # half an hour of CPU
+    python benchmarks/training.py                                   # 32 CPU minutes, 9 GB of memory
     python benchmarks/training.py --quick --only 1 3                # two repetitions, two of the figures
     python benchmarks/training.py --output benchmarks/results/training.json
 
@@ -51,7 +51,7 @@ from prefmix.experts.base_model import BaseModel, load_base
 # figure -> stage -> contenders; `| variant`s are taken where this version of prefmix has them.
 NEEDS: dict[int, dict[str, list[str]]] = {
     1: {
-        "1:1": ["TRL LoRA", "TRL LoRA, defaults", "TRL LoRA, fastest", "LoRA, all blocks, K=1"],
+        "1:1": ["TRL LoRA", "TRL LoRA, defaults", "TRL LoRA, fastest", names.LORA, f"{names.LORA}, bf16"],
         "4:1": ["TRL LoRA", "LoRA, all blocks, K=1"],
         "1:3": ["TRL LoRA", "LoRA, all blocks, K=1"],
     },

@@ -29,6 +29,7 @@ SHARED: dict[str, Any] = {
 # Ours. Experts decide responsibilities from the first step (no held start), so that an E-step is part of every step.
 OURS: dict[str, dict[str, Any]] = {
     "LoRA, all blocks, K=1": {"num_experts": 1, "branch_depth": -1},
+    "LoRA, all blocks, K=1, bf16": {"num_experts": 1, "branch_depth": -1, "bf16": True},
     "full head, K=1": {"num_experts": 1, "head": "full", "learning_rate": 2e-4, "cache_states": "off"},
     "heads, K=1": {"num_experts": 1, "cache_states": "off"},
     "heads, K=8": {"num_experts": 8, "cache_states": "off"},

@@ -39,6 +39,7 @@ CONVARG_BATCH = 64
 RARE = (
     "TRL LoRA, defaults",
     "TRL LoRA, fastest",
+    "LoRA, all blocks, K=1, bf16",
     "full head, K=1",
     "LoRA, all blocks, K=1 | prompts twice",
     "heads, K=1 | pure torch",
