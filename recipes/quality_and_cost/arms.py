@@ -44,7 +44,7 @@ def all_arms() -> dict[str, Arm]:
     Ranks 4 and 64 take the rate that rank 16 chose, and two blocks that of four: parameters of one kind, whose scale
     does not depend on the rank.
     """
-    low_rank, full, lora = (3e-4, 1e-3, 3e-3), (1e-5, 3e-5, 1e-4), (1e-4, 3e-4)
+    low_rank, full, lora = (3e-4, 1e-3, 3e-3), (1e-5, 3e-5, 1e-4), (1e-4, 3e-4, 9e-4)
     hidden, blocks, everywhere = "head, hidden, r=16", "LoRA, last 4 blocks, r=16", "LoRA, all blocks, r=16"
     default = {"branch_depth": 0, "head": "hidden", "expert_rank": 16}
     arms = [
@@ -75,13 +75,13 @@ def all_arms() -> dict[str, Arm]:
 def _head(kind: str, rank: int, rates: tuple[float, ...] | str) -> Arm:
     name = "head, full" if kind == "full" else f"head, {kind}, r={rank}"
     options = {"branch_depth": 0, "head": kind} | ({} if kind == "full" else {"expert_rank": rank})
-    return Arm(name, f"head: {kind}", options, **_choice(rates), more_rates=1, seeds=(0, 1))
+    return Arm(name, f"head: {kind}", options, **_choice(rates), more_rates=3, seeds=(0, 1))
 
 
 def _branch(depth: int, rank: int, rates: tuple[float, ...] | str) -> Arm:
     blocks = "all blocks" if depth == EVERYWHERE else f"last {depth} blocks"
     options = {"branch_depth": depth, "expert_rank": rank}
-    return Arm(f"LoRA, {blocks}, r={rank}", f"LoRA: {blocks}", options, **_choice(rates), more_rates=1)
+    return Arm(f"LoRA, {blocks}, r={rank}", f"LoRA: {blocks}", options, **_choice(rates), more_rates=3)
 
 
 def _choice(rates: tuple[float, ...] | str) -> dict[str, Any]:

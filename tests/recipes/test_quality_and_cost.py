@@ -132,7 +132,7 @@ def test_scale_undoes_margins_that_are_too_sure_and_silences_wrong_ones(recipe: 
     assert tables.best_scale(np.zeros(3)) == 0
 
 
-@pytest.mark.parametrize(("best", "tried"), [(1e-3, {3e-4, 1e-3, 3e-3}), (1e-1, {3e-4, 1e-3, 3e-3, 9e-3})])
+@pytest.mark.parametrize(("best", "tried"), [(1e-3, {3e-4, 1e-3, 3e-3}), (1e-1, {3e-4, 1e-3, 3e-3, 9e-3, 3e-2, 9e-2})])
 def test_rate_at_the_edge_of_the_grid_asks_for_further_ones(
     recipe: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, best: float, tried: set[float]
 ) -> None:
