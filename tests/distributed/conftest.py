@@ -71,3 +71,15 @@ def train_once(runs: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> An
         return ends
 
     return train
+
+
+@pytest.fixture(scope="module")
+def two(train_twice: Callable[..., Path], request: pytest.FixtureRequest) -> Path:
+    """The folder in which two processes have run every scenario of the module's NAMES, whole and resumed."""
+    return train_twice(*request.module.NAMES)
+
+
+@pytest.fixture(scope="module")
+def one(train_once: Callable[..., dict[str, Any]], request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What one plain process ends with: it shards nothing and knows nothing of other processes."""
+    return train_once(*request.module.NAMES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,18 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 NAMES = ("user", "pair")
-
-
-@pytest.fixture(scope="module")
-def two(train_twice: Callable[..., Path]) -> Path:
-    """The folder in which two processes have run every scenario, whole and resumed."""
-    return train_twice(*NAMES)
-
-
-@pytest.fixture(scope="module")
-def one(train_once: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-    """What one process ends with."""
-    return train_once(*NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -18,12 +18,6 @@ OWN = ((0, 2), (1,))  # expert k lives on process k mod 2
 
 
 @pytest.fixture(scope="module")
-def one(train_once: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-    """What plain processes with all experts end with: nothing of expert parallelism is in them."""
-    return train_once(*NAMES)
-
-
-@pytest.fixture(scope="module")
 def two(launch: Callable[..., str], runs: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have run everything: whole, resumed, and continued from where one process was."""
     folder = tmp_path_factory.mktemp("two")

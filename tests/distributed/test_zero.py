@@ -25,12 +25,6 @@ def two(train_twice: Callable[..., Path]) -> dict[str, Path]:
     return {name: stages[name[4]] for name in NAMES}
 
 
-@pytest.fixture(scope="module")
-def one(train_once: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-    """What one process, which knows nothing of DeepSpeed, ends with."""
-    return train_once(*NAMES)
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["whole", "resumed"])
 def test_processes_under_zero_end_where_one_does(

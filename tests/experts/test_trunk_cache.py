@@ -35,20 +35,12 @@ def build(base, texts, folder, **options):
 
 @pytest.mark.parametrize("mode", ["disk", "memory"])
 @pytest.mark.parametrize("tokens_per_batch", [1, 25, 1000])
-def test_equal_to_unpadded_texts(base, make_texts, tmp_path, mode, tokens_per_batch):
+def test_equal_to_unpadded_texts(base, make_texts, tmp_path, mode, tokens_per_batch, assert_states_of_whole_texts):
     texts = make_texts()
     states = build(base, texts, tmp_path, mode=mode, tokens_per_batch=tokens_per_batch)
     assert len(states) == 5
     assert states.num_tokens == texts.num_completion_tokens
-    for i, (prompt, completion) in enumerate(zip(texts.prompt_ids, texts.completion_ids)):
-        with torch.no_grad():
-            expected = base.model.model(torch.tensor([prompt + completion])).last_hidden_state[0]
-        found = states.gather([i])
-        torch.testing.assert_close(found["hidden"], expected[len(prompt) - 1 : -1], rtol=1e-5, atol=1e-5)
-        assert found["targets"].tolist() == completion
-        torch.testing.assert_close(states.completion_mean[i], expected[len(prompt) :].mean(0), rtol=1e-5, atol=1e-5)
-        prompt_mean = states.prompt_mean[texts.prompt_index[i]]
-        torch.testing.assert_close(prompt_mean, expected[: len(prompt)].mean(0), rtol=1e-5, atol=1e-5)
+    assert_states_of_whole_texts(base, texts, states)
 
 
 def test_gather_keeps_the_order_asked_for(base, make_texts, tmp_path):

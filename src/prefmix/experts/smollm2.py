@@ -46,11 +46,6 @@ class FoundModel(NamedTuple):
     folder: Path
 
 
-def fetch_smollm2() -> Path:
-    """The folder of SmolLM2-135M-Instruct, found or downloaded; see `find_smollm2`."""
-    return find_smollm2("smollm2").folder
-
-
 def find_smollm2(name: str) -> FoundModel:
     """Finds or downloads SmolLM2-135M-Instruct.
 

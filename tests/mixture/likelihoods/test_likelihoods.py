@@ -15,7 +15,7 @@ from prefmix.mixture.likelihoods.beta_dpo import adapt_beta
 from prefmix.mixture.likelihoods.dr_dpo import distributionally_robust_sum
 from prefmix.mixture.likelihoods.hinge import hinge_log_lik
 from prefmix.mixture.likelihoods.ipo import ipo_log_lik
-from prefmix.mixture.likelihoods.mixture_reward import bt_lse_logit, policy_logit, responsibilities_of_reward
+from prefmix.mixture.likelihoods.mixture_reward import bt_lse_logit, policy_logit
 from prefmix.mixture.likelihoods.plackett_luce import Rankings, plackett_luce
 from prefmix.mixture.likelihoods.rewards import mean_token_rewards, reference_free_rewards
 from prefmix.mixture.likelihoods.robust import robust_log_lik
@@ -188,13 +188,10 @@ def test_three_likelihoods_of_a_mixture_differ_as_stated():
     bt_lse = torch.sigmoid(bt_lse_logit(log_weights, chosen, rejected)).item()
     assert mbt == pytest.approx(0.611, abs=5e-4)
     assert bt_lse == pytest.approx(0.850, abs=5e-4)
-    # bt_lse is a mixture of Bradley-Terry likelihoods whose weights follow the rewards, and q is its posterior
+    # bt_lse is a mixture of Bradley-Terry likelihoods whose weights follow the rewards
     v = torch.log_softmax(log_weights + torch.logaddexp(chosen, rejected), dim=-1)
     mixed = mixture_log_lik(v, logsigmoid(chosen - rejected))
     assert mixed.exp().item() == pytest.approx(bt_lse)
-    torch.testing.assert_close(
-        responsibilities_of_reward(log_weights, chosen), torch.log_softmax(v + logsigmoid(chosen - rejected), dim=-1)
-    )
 
 
 def test_policy_likelihood_is_dpo_on_the_mixed_probabilities_and_all_three_agree_for_one_expert():

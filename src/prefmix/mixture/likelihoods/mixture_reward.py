@@ -60,13 +60,3 @@ def policy_logit(
         return policy - torch.logsumexp(log_weights + at_least_float32(ref_log_probs), dim=-1)
 
     return beta * (log_ratio(*chosen) - log_ratio(*rejected))
-
-
-def responsibilities_of_reward(
-    log_weights: Float[Tensor, "B K"], chosen_rewards: Float[Tensor, "B K"]
-) -> Float[Tensor, "B K"]:
-    """Which expert makes the preferred response as good as it is: q_k proportional to w_k exp r_k(y_w).
-
-    It is what `bt_lse`'s v_k sigmoid(m_k) are proportional to.
-    """
-    return torch.log_softmax(log_weights + at_least_float32(chosen_rewards), dim=-1)
