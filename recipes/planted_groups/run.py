@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from vocabulary import seen_vocabulary
 
 from prefmix.data.planted_tasks import review_groups
 from prefmix.experiments.baselines import Splits, standard_arms, tokenize_splits
 from prefmix.experiments.compare import Comparison, SeedResult, run_seed
 from prefmix.experiments.demo import fast_dtype
+from prefmix.experiments.seen_vocabulary import seen_vocabulary
 from prefmix.experts.base_model import BaseModel, load_base
 
 
