@@ -1,13 +1,9 @@
-"""One training step of continuous groups: q(z) of the batch's users, then the bound's gradient in everything else.
+"""The E-step of continuous groups in training: q(z) of a batch's users, where it starts, and where it ends.
 
-    loss = - (sum_i ELBO_i + the batch's share of the gate's log prior) / summed weights of the global batch
-    ELBO_i = a_i [ mean_s log sum_k w_ik(z_s) p_ik - c KL(q_u || N(0, I)) / n_u ]
+`per_user`: q of a user in the batch is refitted to the last likelihoods of *all* their comparisons (incremental, as for
+discrete groups). `encoder`: it is read off the same ones, with gradient.
 
-Experts learn by r_ik = E_q of the posterior of the comparison's expert, which is the bound's gradient in log p_ik; the
-gate's terms and A by the bound itself. `per_user`: q of a user in the batch is refitted to the last likelihoods of
-*all* their comparisons (incremental, as for discrete groups). `encoder`: it is read off the same ones, with gradient.
-
-Legend: S draws, B rows of a batch, C rows of its M users, G users, K experts, d latent dimensions.
+Legend: B rows of a batch, C rows of its M users, G users, K experts, d latent dimensions.
 """
 
 from __future__ import annotations
@@ -16,30 +12,22 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from prefmix.mixture.estep import EStep
 from prefmix.mixture.gates import GateInputs
-from prefmix.mixture.m_step import with_gradient_of
 from prefmix.mixture.membership import (
     GaussianQ,
     MembershipRows,
     free_bits,
     kl_factor,
     kl_to_prior,
-    membership_elbo_rows,
-    membership_log_weights,
-    mixture_rows,
-    sample_z,
     standard_draws,
 )
 from prefmix.mixture.membership_fit import fit_users
 from prefmix.mixture.membership_network import MembershipNetwork, rows_as
 from prefmix.mixture.user_encoder import encode, train_encoder
-from prefmix.policy.mixture_model import MixtureModel, MixtureOutput
+from prefmix.policy.mixture_model import MixtureModel
 from prefmix.policy.user_state import UserState
-from prefmix.training.metrics_log import batch_sums
-from prefmix.training.objective import Likelihoods
 from prefmix.training.setup import Comparisons
 
 if TYPE_CHECKING:
@@ -65,55 +53,7 @@ class BatchUsers(NamedTuple):
     kl: Float[Tensor, "M"]
 
 
-def membership_loss(
-    trainer: MixtureTrainer,
-    model: nn.Module,
-    inputs: dict[str, Tensor],
-    output: MixtureOutput,
-    lik: Likelihoods,
-    total: Tensor | int,
-) -> Tensor:
-    """The loss of a batch; q(z) of its users is brought up to date.
-
-    Args:
-        trainer: its evidence, q and gate.
-        model: experts and gate as wrapped, for a cheap M-step's second pass.
-        inputs: the batch.
-        output: of the first pass.
-        lik: likelihoods of the batch's rows.
-        total: summed weights of the accumulated batch.
-    """
-    weight, args = inputs["weight"], trainer.args
-    trainer.em.evidence.update(inputs["row"], lik.log_lik)
-    network = trainer.mixture.gate.membership
-    assert network is not None, "latent='membership' builds a gate with a loading"
-    _teach_encoder_first(trainer, network)
-    users = _batch_users(trainer, network, inputs["group"])
-    noise = standard_draws(args.membership_samples, network.dim, seed=trainer.state.global_step).to(users.q.mean)
-    z_SMd = sample_z(users.q, noise.unsqueeze(1))
-    with torch.no_grad():
-        log_weights = membership_log_weights(output.log_weights, network.loading, z_SMd[:, users.position])
-        resp = torch.softmax(log_weights + lik.log_lik, dim=-1).mean(dim=0)
-        mean_weights = log_weights.exp().mean(dim=0).log()
-    q = EStep(resp, resp.log())
-    taught = trainer._taught(model, inputs, output, lik, q)
-    log_weights = membership_log_weights(taught.log_weights, network.loading, z_SMd[:, users.position])
-    row_log_lik = mixture_rows(log_weights, lik.log_lik.detach())
-    rows = membership_elbo_rows(
-        row_log_lik, users.kl[users.position], weight, trainer.em.group_weight[inputs["group"]], _factor(trainer)
-    )
-    bound = with_gradient_of(rows.elbo, taught.log_lik, taught.coefficient, weight)
-    trainer.em.remember(inputs["group"], _mean_by_user(q.resp, weight, users))
-    # `mixture/evidence` is then the predictive log-likelihood of the rows: E_q of the weights, and groups of one.
-    ones, pair = torch.ones_like(weight), output._replace(log_weights=mean_weights)
-    text = (inputs["chosen"], inputs["rejected"])
-    trainer.meter.add(batch_sums(pair, lik, q, rows, lik.log_lik.detach(), weight, ones, *text))
-    loss = -(bound.sum() + trainer.mixture.gate.log_prior() * weight.sum() / trainer.em.total_weight) / total
-    trainer.guard.observe_batch(inputs["row"], lik.log_lik, mean_weights, loss)
-    return loss
-
-
-def _teach_encoder_first(trainer: MixtureTrainer, network: MembershipNetwork) -> None:
+def teach_encoder_first(trainer: MixtureTrainer, network: MembershipNetwork) -> None:
     """Trains the encoder on the rows seen, at the experts as they are, when first responsibilities cease to be held.
 
     Untrained it would call all users alike, and experts that have just parted would be taught alike again.
@@ -129,7 +69,8 @@ def _teach_encoder_first(trainer: MixtureTrainer, network: MembershipNetwork) ->
     )  # fmt: skip
 
 
-def _batch_users(trainer: MixtureTrainer, network: MembershipNetwork, group: Int[Tensor, "B"]) -> BatchUsers:
+def batch_users(trainer: MixtureTrainer, network: MembershipNetwork, group: Int[Tensor, "B"]) -> BatchUsers:
+    """The users of a batch, their q(z) brought up to date."""
     touched, position = torch.unique(group, return_inverse=True)
     rows = _rows_of_users(trainer, touched)
     state = trainer.em.q
@@ -171,14 +112,14 @@ def gate_of_rows(mixture: MixtureModel, comparisons: Comparisons, row: Int[Tenso
     return mixture.gate(inputs)
 
 
-def _factor(trainer: MixtureTrainer) -> float:
+def kl_factor_now(trainer: MixtureTrainer) -> float:
     """Factor of the KL now; a fitted q has nothing to anneal."""
     if trainer.args.membership_estep == "per_user":
         return 1.0
     return kl_factor(trainer.state.global_step / max(trainer.state.max_steps, 1), trainer.args.kl_annealing)
 
 
-def _mean_by_user(resp: Float[Tensor, "B K"], weight: Float[Tensor, "B"], users: BatchUsers) -> Float[Tensor, "B K"]:
+def mean_by_user(resp: Float[Tensor, "B K"], weight: Float[Tensor, "B"], users: BatchUsers) -> Float[Tensor, "B K"]:
     """Log of each user's mean responsibilities over their rows of the batch, one line for each row."""
     weight = weight.unsqueeze(1)
     sums, total = (

@@ -13,23 +13,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from prefmix.data.collator import ComparisonDataset
 from prefmix.data.users import latent_groups, num_latent_groups
 from prefmix.experts.base_model import BaseModel
-from prefmix.mixture.elbo import elbo_rows
 from prefmix.mixture.estep import EStep
-from prefmix.mixture.m_step import M_STEPS, with_gradient_of
+from prefmix.mixture.m_step import M_STEPS
 from prefmix.mixture.schedule import temperature
 from prefmix.policy.mixture_model import MixtureModel, MixtureOutput
 from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.policy.user_state import UserState
-from prefmix.training import diagnostics, objective, setup
+from prefmix.training import diagnostics, setup
 from prefmix.training.callbacks import EMCallback, MetricsFileCallback
 from prefmix.training.config import MixtureConfig
 from prefmix.training.em_state import EMState
 from prefmix.training.first_responsibilities import Start, first_responsibilities, resolve_init
 from prefmix.training.guards import FiniteGuard
 from prefmix.training.held_out import held_out_metrics
-from prefmix.training.membership_step import first_q, membership_loss
-from prefmix.training.metrics_log import Meter, batch_sums
-from prefmix.training.objective import Likelihoods, Taught, estep_function, held, learners_of_texts, likelihoods
+from prefmix.training.membership_step import first_q
+from prefmix.training.metrics_log import Meter
+from prefmix.training.objective import Likelihoods, estep_function, held, likelihoods
+from prefmix.training.objectives import objective_of
+from prefmix.training.objectives.interface import objective_sums
 from prefmix.training.order import training_order
 from prefmix.training.persistence import AbstractCheckpointedTrainer
 from prefmix.training.placing import place
@@ -38,7 +39,6 @@ from prefmix.training.processes import (
     follow_epochs,
     from_first_process,
     gathered,
-    own_rows,
     read_by_all,
     share_draws,
     share_object,
@@ -143,66 +143,27 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Loss = - (sum_i ELBO_i + the batch's share of the gate's log prior) / summed weights of the global batch."""
+        """Loss = - (sum_i bound_i + the batch's share of the gate's log prior) / summed weights of the global batch."""
         assert num_items_in_batch is not None
-        weight, chosen, rejected = inputs["weight"], inputs["chosen"], inputs["rejected"]
         inputs = drop_tokens(inputs, self.args.token_dropout)
         output = self._look(model, inputs)
         lik = self._likelihoods(output, inputs)
-        if self.latent == "membership" and self.state.global_step >= self.hold_steps:
-            loss = membership_loss(self, model, inputs, output, lik, num_items_in_batch)
-            return (loss, output) if return_outputs else loss
-        evidence = self._evidence(inputs["row"], lik.log_lik)
-        q = self._responsibilities(inputs, output.log_weights, evidence)
-        taught = self._taught(model, inputs, output, lik, q)
-        group_weight = self.em.group_weight[inputs["group"]]
-        rows = elbo_rows(lik.log_lik.detach(), taught.log_weights, q.resp, q.log_q, weight, group_weight)
-        bound = with_gradient_of(rows.elbo, taught.log_lik, taught.coefficient, weight)
-        bound = objective.robust_bound(bound, weight, self.args.dr_dpo_beta)
-        if self.args.likelihood != "mbt" and self.state.global_step >= self.hold_steps:
-            bound = objective.marginal_bound(output, inputs, beta=self._beta, model=self.args.feedback_model)
-            rows = rows._replace(elbo=bound.detach())
-        prior = self.mixture.gate.log_prior() * weight.sum() / self.em.total_weight
-        loss = -(bound.sum() + prior) * self.readers.number / num_items_in_batch
-        self.meter.add(batch_sums(output, lik, q, rows, evidence, weight, group_weight, chosen, rejected))
-        self.guard.observe_batch(inputs["row"], lik.log_lik, output.log_weights, loss)
+        batch = self.objective.bound(model, inputs, output, lik)
+        prior = self.mixture.gate.log_prior() * inputs["weight"].sum() / self.em.total_weight
+        loss = -(batch.bound.sum() + prior) * self.readers.number / num_items_in_batch
+        self.meter.add(objective_sums(batch, output, lik, inputs))
+        self.guard.observe_batch(inputs["row"], lik.log_lik, batch.log_weights, loss)
         # Where the gate alone learns, in closed form, nothing has a gradient; the loop wants one all the same.
         loss = loss if loss.requires_grad else loss.requires_grad_()
         return (loss, output) if return_outputs else loss
 
     def _look(self, model: nn.Module, inputs: dict[str, Tensor]) -> MixtureOutput:
         """All K experts; without gradient where a cheap M-step comes back for those that learn."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._comes_back):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.objective.comes_back):
             return undo_scale(model(**inputs), self.args.token_dropout)
 
     def _likelihoods(self, output: MixtureOutput, inputs: dict[str, Tensor]) -> Likelihoods:
         return likelihoods(output, inputs, beta=self._beta, model=self.args.feedback_model)
-
-    def _taught(
-        self, model: nn.Module, inputs: dict[str, Tensor], output: MixtureOutput, lik: Likelihoods, q: EStep
-    ) -> Taught:
-        """Who learns from which row, and their log-likelihoods with gradient."""
-        coefficient = self._m_step(q.resp, samples=self.args.m_step_samples, threshold=self.args.m_step_threshold)
-        if self._comes_back:
-            learners = learners_of_texts(coefficient, inputs)
-            again = undo_scale(model(**inputs, learners=learners), self.args.token_dropout)
-            output = again._replace(ref_log_probs=output.ref_log_probs)
-            lik = self._likelihoods(output, inputs)
-        return Taught(coefficient, lik.log_lik, output.log_weights)
-
-    @property
-    def _comes_back(self) -> bool:
-        return self.args.m_step != "all" and self.mixture.experts.keeps_activations
-
-    def _evidence(self, row: Tensor, log_lik: Tensor) -> Tensor:
-        """[B, K] running evidence of each row's group; every process keeps the same table."""
-        if self.readers.number == 1:
-            return self.em.evidence.update(row, log_lik)
-        row, log_lik = gathered(self.readers, row, log_lik)
-        real = row >= 0  # not a copy that fills a batch
-        everywhere = log_lik.clone()
-        everywhere[real] = self.em.evidence.update(row[real], log_lik[real])
-        return own_rows(self.readers, everywhere)
 
     def _responsibilities(self, inputs: dict[str, Tensor], log_weights: Tensor, evidence: Tensor) -> EStep:
         """Uniform in a warm start, then the first ones while held, afterwards the E-step's from the experts alone."""
@@ -379,6 +340,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         self._beta = torch.tensor(self.args.betas, device=device)
         self._m_step = M_STEPS[self.args.m_step]
         self._estep = estep_function(self.args.estep, self.args.gumbel_hard)
+        self.objective = objective_of(self)
         self.add_callback(EMCallback(self))
         self.add_callback(MetricsFileCallback(self.run_dir))
 
