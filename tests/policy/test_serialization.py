@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from prefmix.experts.base_model import load_base
 from prefmix.policy.mixture_policy import MixturePolicy
@@ -135,6 +136,45 @@ def test_the_card_says_what_is_known_and_what_is_not(make_stored, tmp_path):
     for fact in ("2510.08256", "3 expert policies", "licence is not recorded", "data_sha256", "2 users", "torch"):
         assert fact in card
     assert card.startswith("---\nlibrary_name: prefmix\n")
+    assert (
+        "Held-out" not in card and "training time" not in card and not (tmp_path / "policy" / "training.json").exists()
+    )
+
+
+def test_the_record_of_training_reaches_the_card_and_survives_saving_again(make_stored, tmp_path):
+    policy = make_stored()
+    held_out = {"accuracy": 0.75, "loss": 0.5, "population_accuracy": 0.625, "population_loss": 0.6}
+    policy.record = {
+        "data": "owner/prefs", "first_step": 0, "seconds": 12.3, "cpu_seconds": 11.0, "peak_memory_bytes": 2**30,
+        "trained_parameters": 1234, "base_parameters": 56789, "machine": "a machine", "held_out": held_out,
+    }  # fmt: skip
+    policy.save_pretrained(tmp_path / "policy")
+    again = MixturePolicy.from_pretrained(tmp_path / "policy")
+    assert again.record == policy.record
+    again.save_pretrained(tmp_path / "again")
+    card = (tmp_path / "again" / "README.md").read_text()
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head["datasets"] == ["owner/prefs"] and head["pipeline_tag"] == "text-generation"
+    for fact in (
+        "| 0.750 | 0.500 |",
+        "| 0.625 | 0.600 |",
+        "12 s, 11 CPU seconds",
+        "1.00 GiB",
+        "1,234 trained",
+        "`abc`",
+    ):
+        assert fact in card
+    assert "training.json" not in (tmp_path / "again" / "manifest.json").read_text()  # each time another number
+    (tmp_path / "again" / "training.json").write_text("not json")
+    assert MixturePolicy.from_pretrained(tmp_path / "again").record == {}
+
+
+@pytest.mark.parametrize("source", ["rows.jsonl", "data/rows.jsonl", "/data/rows.jsonl", "../up/rows.jsonl", "a: b/c"])
+def test_only_names_of_the_hub_stand_in_its_metadata(make_stored, tmp_path, source):
+    policy = make_stored()
+    policy.record = {"data": source}
+    policy.save_pretrained(tmp_path / "policy")
+    assert "datasets" not in yaml.safe_load((tmp_path / "policy" / "README.md").read_text().split("---\n")[1])
 
 
 @pytest.mark.parametrize("head", ["hidden", "logit"])

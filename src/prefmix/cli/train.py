@@ -75,6 +75,7 @@ def train(recipe: Recipe) -> dict[str, Any] | None:
         train_dataset=read_checked_rows(values["train_data"], values.get("train_split")),
         eval_dataset=None if held_out is None else read_checked_rows(held_out, values.get("eval_split")),
     )
+    trainer.data_source = values["train_data"]
     follow(trainer)
     trainer.train()
     metrics = {} if held_out is None else trainer.evaluate()

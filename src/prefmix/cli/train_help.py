@@ -16,8 +16,9 @@ _GROUPS = {
     "run": "transformers' fields with another default here, and why",
     "trainer": "transformers' TrainingArguments",
 }
-# Read only where another field says so: the short help leaves them out.
+# Read only where another field says so, or right as they are: the short help leaves them out.
 _DEPENDENT = (
+    *("precompute_ref_log_probs", "m_step_samples", "m_step_threshold", "probe_restarts", "probe_dim"),
     *("label_smoothing", "simpo_gamma", "tie_strength", "dr_dpo_beta"),
     *("membership_dim", "membership_samples", "membership_estep", "kl_annealing", "free_bits", "combine"),
 )

@@ -35,7 +35,7 @@ EXPLAINED = {
     **dict.fromkeys(
         (
             *("ref_model", "ref_model_init_kwargs", "ref_adapter_name", "model_adapter_name", "force_use_ref_model"),
-            *("precompute_ref_log_probs", "precompute_ref_batch_size", "reference_free", "rpo_alpha"),
+            *("precompute_ref_batch_size", "reference_free", "rpo_alpha"),
             *("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
         ),
         f"not needed: {_REFERENCE}",

@@ -123,22 +123,31 @@ class BranchedExperts(AbstractSharedBaseExperts):
         self.trunk.model.eval()
         return self
 
-    def forward(self, texts: PackedStates | PaddedTexts) -> ExpertLogProbs:
+    def forward(
+        self, texts: PackedStates | PaddedTexts, ref_log_probs: Float[Tensor, "N K"] | None = None
+    ) -> ExpertLogProbs:
         """Log-probabilities of every text under every expert and the reference, float32, in nats.
 
         Args:
             texts: right-padded token ids; packed final states say nothing about the blocks below.
+            ref_log_probs: [N, K] of these texts, where they are known: the base's own pass is saved.
         """
         assert isinstance(texts, PaddedTexts), "experts with branches or a trained trunk read token ids"
         reading = self._reader.read(texts, self.prefix_sharing)
-        point = self._branch_point(reading)
+        point = self._branch_point(reading, with_reference=ref_log_probs is None)
         # A cheap M-step looks without gradient and comes back at once for the same texts (`for_learners`).
         looks = not torch.is_grad_enabled() and self.training and not self.trunk.trains
         self._looked = _Look(texts.input_ids, reading, point) if looks else None
-        with torch.no_grad():
-            reference = self.head.log_probs(self._reference_states(reading, point), self.output_head, NONE)
+        if ref_log_probs is None:
+            ref_log_probs = self._reference_log_probs(reading, point)
         log_probs = self._shared_log_probs(reading) if self.branches is None else self._branch_log_probs(reading, point)
-        return ExpertLogProbs(log_probs, reference.base_log_probs[:, None].expand(-1, self.num_experts))
+        return ExpertLogProbs(log_probs, ref_log_probs)
+
+    @torch.no_grad()
+    def reference_log_probs(self, texts: PackedStates | PaddedTexts) -> Float[Tensor, "N K"]:
+        """The base alone reads the texts."""
+        assert isinstance(texts, PaddedTexts), "experts with branches or a trained trunk read token ids"
+        return self._reference_log_probs(self._reader.read(texts, self.prefix_sharing), None)
 
     def for_learners(self, texts: PackedStates | PaddedTexts, learners: Bool[Tensor, "N K"]) -> ExpertLogProbs:
         """Every expert's blocks and head read only the texts that it learns from; 0 stands for all others."""
@@ -153,19 +162,28 @@ class BranchedExperts(AbstractSharedBaseExperts):
             log_probs = self._branch_log_probs(looked.reading, looked.point, learners)
         return ExpertLogProbs(log_probs, torch.zeros_like(log_probs))
 
-    def _branch_point(self, reading: Reading) -> BranchPoint | None:
-        """One pass of the trunk; None where no block stands above a trunk (n = 0 and n = all)."""
+    def _branch_point(self, reading: Reading, with_reference: bool = False) -> BranchPoint | None:
+        """One pass of the trunk, for the reference on through the base's own blocks where the trunk is frozen.
+
+        None where no block stands above a trunk (n = 0 and n = all).
+        """
         if self._top is None:
             return None
         gradient = torch.is_grad_enabled() and self.trunk.trains
         tokens = (reading.input_ids, reading.attention_mask)
         with self.trunk.applied(), flat_attention(self.trunk.model, reading.spans), torch.set_grad_enabled(gradient):
-            return self._top.run_trunk(*tokens, through=not self.trunk.trains, **reading.options)
+            through = with_reference and not self.trunk.trains
+            return self._top.run_trunk(*tokens, through=through, **reading.options)
 
-    def _reference_states(self, reading: Reading, point: BranchPoint | None) -> PackedStates:
+    @torch.no_grad()
+    def _reference_log_probs(self, reading: Reading, point: BranchPoint | None) -> Float[Tensor, "N K"]:
+        """From the branch point's own pass where it went through, else from a pass of the base."""
         if point is None or self._top is None or self.trunk.trains:
-            return run_reading(self.base_model, reading)
-        return self._packed(self._top, point.output, reading)
+            states = run_reading(self.base_model, reading)
+        else:
+            states = self._packed(self._top, point.output, reading)
+        base = self.head.log_probs(states, self.output_head, NONE).base_log_probs
+        return base[:, None].expand(-1, self.num_experts)
 
     def _shared_log_probs(self, reading: Reading) -> Float[Tensor, "N K"]:
         """Where n = 0: all experts read the states of the trained trunk."""

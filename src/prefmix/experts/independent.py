@@ -114,22 +114,31 @@ class IndependentExperts(AbstractExperts):
         for expert in experts:
             self.models[expert].requires_grad_(False)
 
-    def forward(self, texts: PackedStates | PaddedTexts) -> ExpertLogProbs:
+    def forward(
+        self, texts: PackedStates | PaddedTexts, ref_log_probs: Float[Tensor, "N K"] | None = None
+    ) -> ExpertLogProbs:
         """Log-probabilities of every text under every expert and its reference, float32, in nats.
 
         Args:
             texts: right-padded token ids; whole models have no trunk in common whose states could be cached.
+            ref_log_probs: [N, K] of these texts, where they are known: the references are not run.
         """
         assert isinstance(texts, PaddedTexts), "independent experts read token ids (cache_states=off)"
         experts = zip(self.expert_models, self._readers, strict=True)
         log_probs = [self._log_probs(model, reader, texts) for model, reader in experts]
-        with torch.no_grad():
-            distinct = {
-                index: self._log_probs(self._reference(index), reader, texts)
-                for index, reader in self._reference_readers.items()
-            }
-        references = [distinct[index] for index in self._reference_index]
-        return ExpertLogProbs(torch.stack(log_probs, dim=1), torch.stack(references, dim=1))
+        if ref_log_probs is None:
+            ref_log_probs = self.reference_log_probs(texts)
+        return ExpertLogProbs(torch.stack(log_probs, dim=1), ref_log_probs)
+
+    @torch.no_grad()
+    def reference_log_probs(self, texts: PackedStates | PaddedTexts) -> Float[Tensor, "N K"]:
+        """Every distinct reference reads the texts once."""
+        assert isinstance(texts, PaddedTexts), "independent experts read token ids (cache_states=off)"
+        distinct = {
+            index: self._log_probs(self._reference(index), reader, texts)
+            for index, reader in self._reference_readers.items()
+        }
+        return torch.stack([distinct[index] for index in self._reference_index], dim=1)
 
     def for_learners(self, texts: PackedStates | PaddedTexts, learners: Bool[Tensor, "N K"]) -> ExpertLogProbs:
         """Every model reads only the texts that it learns from; 0 stands for all others and for the references."""

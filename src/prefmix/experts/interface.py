@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -90,8 +91,21 @@ class AbstractExperts(nn.Module, ABC):
     prefix_sharing: bool = True
 
     @abstractmethod
-    def forward(self, texts: PackedStates | PaddedTexts) -> ExpertLogProbs:
-        """Log-probabilities of every text under every expert and its reference."""
+    def forward(
+        self, texts: PackedStates | PaddedTexts, ref_log_probs: Float[Tensor, "N K"] | None = None
+    ) -> ExpertLogProbs:
+        """Log-probabilities of every text under every expert and its reference.
+
+        Args:
+            texts: N texts.
+            ref_log_probs: [N, K] what `reference_log_probs` said of them before; given back as they are, and where the
+                reference costs a pass of its own, that is saved. Heads on a frozen trunk get it with the experts' own.
+        """
+
+    @torch.no_grad()
+    def reference_log_probs(self, texts: PackedStates | PaddedTexts) -> Float[Tensor, "N K"]:
+        """Log pi_ref(k)(y | x) of every text, float32, nats; the experts are not run where they need not be."""
+        return self(texts).ref_log_probs
 
     def for_learners(self, texts: PackedStates | PaddedTexts, learners: Bool[Tensor, "N K"]) -> ExpertLogProbs:
         """As `forward`, but right, and with a gradient, only where an expert learns from a text.

@@ -88,11 +88,14 @@ class SharedBaseExperts(AbstractSharedBaseExperts):
         """Frozen states at the positions that predict completion tokens; no gradient."""
         return run_reading(self.base_model, self._reader.read(texts, self.prefix_sharing))
 
-    def forward(self, texts: PackedStates | PaddedTexts) -> ExpertLogProbs:
+    def forward(
+        self, texts: PackedStates | PaddedTexts, ref_log_probs: Float[Tensor, "N K"] | None = None
+    ) -> ExpertLogProbs:
         """Log-probabilities of every text under every expert and the reference, float32, in nats.
 
         Args:
             texts: packed trunk states (from `trunk_cache`), or right-padded token ids, which run the trunk first.
+            ref_log_probs: not read; the experts' own pass gives them again.
         """
         states = self.trunk_states(texts) if isinstance(texts, PaddedTexts) else texts
         result = self.head.log_probs(states, self.output_head)

@@ -80,11 +80,19 @@ class SpreadExperts(AbstractExperts):
         self.own = own
         self._description = self._described(own.describe())
 
-    def forward(self, texts: PackedStates | PaddedTexts) -> ExpertLogProbs:
+    def forward(
+        self, texts: PackedStates | PaddedTexts, ref_log_probs: Float[Tensor, "N K"] | None = None
+    ) -> ExpertLogProbs:
         """Log-probabilities of every text under every expert and its reference; a gradient to the own columns."""
+        known = None if ref_log_probs is None else ref_log_probs[:, self.own_experts]
         with self._own_draws():
-            found = self.own(texts)
+            found = self.own(texts, known)
         return self._of_all(found.log_probs, found.ref_log_probs)
+
+    def reference_log_probs(self, texts: PackedStates | PaddedTexts) -> Float[Tensor, "N K"]:
+        """Each process runs the references of its experts; all must call it together."""
+        own = self.own.reference_log_probs(texts)
+        return self._of_all(own, own).ref_log_probs
 
     def for_learners(self, texts: PackedStates | PaddedTexts, learners: Bool[Tensor, "N K"]) -> ExpertLogProbs:
         """As `IndependentExperts.for_learners`, of which each process does its part."""

@@ -22,7 +22,9 @@ CONFIG_FILE = "mixture_config.json"
 METADATA_FILE = "gate/metadata.json"
 MANIFEST = "manifest.json"
 # A model card is for people, who edit it; an edited card must not make a policy unreadable.
-UNHASHED = frozenset({MANIFEST, "README.md"})
+# What training took is another number each time, and the same command twice should give the same policy.
+RECORD_FILE = "training.json"
+UNHASHED = frozenset({MANIFEST, "README.md", RECORD_FILE})
 
 
 @contextmanager

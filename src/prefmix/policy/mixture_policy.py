@@ -49,6 +49,7 @@ class MixturePolicy:
         config: what the policy folder records.
         users: what is known of each user.
         metadata_encoder: features of metadata, where the gate reads them.
+        record: what training cost and reached (`training.json`), for the model card; never read by the code.
         path: the folder that the policy was loaded from or saved to last.
     """
 
@@ -59,6 +60,7 @@ class MixturePolicy:
         config: PolicyConfig,
         users: UserState | None = None,
         metadata_encoder: MetadataEncoder | None = None,
+        record: Mapping[str, Any] | None = None,
     ) -> None:
         assert model.experts.num_experts == config.num_experts, "one beta for each expert"
         self.model = model.eval()
@@ -66,6 +68,7 @@ class MixturePolicy:
         self.config = config
         self.users = users if users is not None else UserState.empty(config.num_experts)
         self.metadata_encoder = metadata_encoder
+        self.record = dict(record or {})
         self.path: Path | None = None
 
     @property
@@ -92,7 +95,7 @@ class MixturePolicy:
                 processes of an expert-parallel run write their own).
         """
         self.config = self._described()
-        parts = PolicyParts(self.model, self.tokenizer, self.config, self.users, self.metadata_encoder)
+        parts = PolicyParts(self.model, self.tokenizer, self.config, self.users, self.metadata_encoder, self.record)
         written = None if experts_folder is None else Path(experts_folder)
         write_policy(path, parts, user_state=user_state, experts_folder=written)
         self.path = Path(path)

@@ -4,33 +4,39 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from prefmix.policy.config import PolicyConfig
 from prefmix.policy.user_state import UserState
 
-CITATION = """@article{mixdpo2025,
-  title  = {Mix- and MoE-DPO: A Variational Inference Approach to Direct Preference Optimization},
+FILES = (".jsonl", ".json", ".csv", ".gz", ".parquet")
+
+CITATION = r"""@article{bohne2025mixmoedpo,
+  title   = {Mix- and MoE-DPO: A Variational Inference Approach to Direct Preference Optimization},
+  author  = {Bohne, Jason and Polak, Pawe{\l} and Rosenberg, David and Bloniarz, Brian and Kazantsev, Gary},
   journal = {arXiv preprint arXiv:2510.08256},
-  year   = {2025},
-  url    = {https://arxiv.org/abs/2510.08256},
+  year    = {2025},
+  url     = {https://arxiv.org/abs/2510.08256},
 }"""
 
 TEMPLATE = """---
 library_name: prefmix
-{base_line}tags:
+pipeline_tag: text-generation
+{metadata}tags:
 - dpo
 - mixture-of-experts
 - preference-optimization
 - prefmix
 ---
 
-# A mixture of {num_experts} expert policies
+# A mixture of {num_experts} expert polic{plural}
 
-{num_experts} policies over one frozen base model, trained from preferences with
+{num_experts} polic{plural} over one frozen base model, trained from preferences with
 [arXiv 2510.08256](https://arxiv.org/abs/2510.08256) by prefmix. One expert writes one response; which one is drawn
 from the weights of the user and the prompt.
 
@@ -41,11 +47,13 @@ policy = MixturePolicy.from_pretrained("this/folder")
 print(policy.generate("Where is the sun?", decoder="mixture"))
 ```
 
+From a terminal: `prefmix chat this/folder`; `prefmix report this/folder --data held_out.jsonl` shows it in pictures.
+
 | | |
 | --- | --- |
 {rows}
 
-The base model's licence is not recorded here and also binds these experts: see the base model's own page.
+{figures}The base model's licence is not recorded here and also binds these experts: see the base model's own page.
 {users_line}
 {adapters_line}
 
@@ -63,33 +71,105 @@ The base model's licence is not recorded here and also binds these experts: see 
 """
 
 
-def model_card(config: PolicyConfig, users: UserState | None) -> str:
-    """The card's text; `users=None` where user state was left out."""
-    copied = config.base_source == "./base"
-    is_hub_name = config.base_source.count("/") == 1 and not config.base_source.startswith((".", "/"))
+def model_card(config: PolicyConfig, users: UserState | None, record: Mapping[str, Any] | None = None) -> str:
+    """The card's text.
+
+    Args:
+        config: what the policy records.
+        users: None where user state was left out.
+        record: what training cost and reached (`training.json`).
+    """
+    record = record or {}
     gate_terms = config.gate.get("terms", [])
-    facts = {
+    facts = _facts(config) | _training_facts(config, record)
+    return TEMPLATE.format(
+        metadata=_metadata(config, record),
+        num_experts=config.num_experts,
+        plural="y" if config.num_experts == 1 else "ies",
+        rows="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+        figures=_figures(record.get("held_out", {})),
+        users_line=_users_line(users, gate_terms),
+        adapters_line=_adapters_line(config.experts),
+        provenance=json.dumps(dict(config.provenance), indent=2, ensure_ascii=False),
+        citation=CITATION,
+    )
+
+
+def _metadata(config: PolicyConfig, record: Mapping[str, Any]) -> str:
+    """Lines of the hub's metadata that can be known; names on the hub only, since it refuses others."""
+    lines = []
+    if _is_hub_name(config.base_source):
+        lines.append(f"base_model: {config.base_source}")
+        if _adapters_line(config.experts):
+            lines.append("base_model_relation: adapter")
+    if _is_hub_name(str(record.get("data", ""))):
+        lines += ["datasets:", f"- {record['data']}"]
+    return "".join(line + "\n" for line in lines)
+
+
+def _is_hub_name(source: str) -> bool:
+    """Whether `source` reads as `owner/name` rather than as a file or folder."""
+    is_file = Path(source).exists() or Path(source).suffix in FILES
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is not None and not is_file
+
+
+def _facts(config: PolicyConfig) -> dict[str, str]:
+    copied = config.base_source == "./base"
+    return {
         "base model": "a copy in `base/`" if copied else f"`{config.base_source}`",
         "base SHA-256": f"`{config.base_sha256}`",
         "experts": ", ".join(f"{name} {value}" for name, value in config.experts.items()),
         "beta": ", ".join(f"{beta:g}" for beta in config.beta),
         "label noise": f"{config.label_noise:g}",
         "latent": config.latent,
-        "gate": " + ".join(gate_terms),
+        "gate": " + ".join(config.gate.get("terms", [])),
         "base runs in": config.dtype or "its own type",
         "saved": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "versions": ", ".join(f"{name} {_version(name)}" for name in ("prefmix", "torch", "transformers")),
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
     }
-    return TEMPLATE.format(
-        base_line=f"base_model: {config.base_source}\n" if is_hub_name else "",
-        num_experts=config.num_experts,
-        rows="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
-        users_line=_users_line(users, gate_terms),
-        adapters_line=_adapters_line(config.experts),
-        provenance=json.dumps(dict(config.provenance), indent=2, ensure_ascii=False),
-        citation=CITATION,
-    )
+
+
+def _training_facts(config: PolicyConfig, record: Mapping[str, Any]) -> dict[str, str]:
+    """What training read and took, as far as it is known."""
+    made = config.provenance
+    counts = [(made.get(f"training_{name}"), name) for name in ("rows", "users", "texts")]
+    read = ", ".join(f"{count:,} {name}" for count, name in counts if count is not None)
+    source = f"`{Path(str(record['data'])).name}`" if record.get("data") else ""
+    if _is_hub_name(str(record.get("data", ""))):
+        source = f"`{record['data']}`"
+    facts = {"trained on": ": ".join(part for part in (source, read) if part)}
+    if "data_sha256" in made:
+        facts["data SHA-256"] = f"`{made['data_sha256']}`"
+    facts["seed"] = str(made.get("seed", ""))
+    if "seconds" in record:
+        since = f" since step {record['first_step']}" if record.get("first_step") else ""
+        facts["training time"] = f"{record['seconds']:.0f} s, {record['cpu_seconds']:.0f} CPU seconds{since}"
+    if "peak_memory_bytes" in record:
+        facts["peak memory"] = f"{record['peak_memory_bytes'] / 2**30:.2f} GiB"
+    if "trained_parameters" in record:
+        facts["parameters"] = f"{record['trained_parameters']:,} trained, {record['base_parameters']:,} of the base"
+    facts["trained by"] = str(record.get("machine", ""))
+    return {name: value for name, value in facts.items() if value}
+
+
+def _figures(held_out: Mapping[str, float]) -> str:
+    """Held-out figures of the log; a coin has accuracy 0.5 and log-loss 0.693."""
+    ways = {"with what it knows of users": "", "gate alone": "population_"}
+    rows = [
+        f"| {way} | {held_out[prefix + 'accuracy']:.3f} | {held_out[prefix + 'loss']:.3f} |"
+        for way, prefix in ways.items()
+        if {prefix + "accuracy", prefix + "loss"} <= held_out.keys()
+    ]
+    if not rows:
+        return ""
+    head = [
+        "Held-out preferences, at the end of training:",
+        "",
+        "| weights | accuracy | log-loss |",
+        "| --- | --- | --- |",
+    ]
+    return "\n".join([*head, *rows, "", ""])
 
 
 def _adapters_line(experts: Mapping[str, Any]) -> str:

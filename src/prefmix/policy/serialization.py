@@ -8,15 +8,18 @@ Layout:
     gate/gate.safetensors       the gate's state; gate/metadata.json the encoder of metadata, if there is one
     users/users.json            user names; users/users.safetensors their evidence (absent without user state)
     base/                       the base model, only where it cannot be found again elsewhere
-    tokenizer files, README.md (the model card), manifest.json (SHA-256 of every file but the card)
+    training.json               what training cost and reached, for people; absent where nobody said
+    tokenizer files, README.md (the model card), manifest.json (SHA-256 of every file but itself, record and card)
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +30,7 @@ from prefmix.experts.base_model import BaseModel, load_base
 from prefmix.mixture.gates import Gate
 from prefmix.policy.config import PolicyConfig
 from prefmix.policy.expert_files import can_be_found_again, load_tensors, read_experts, save_tensors, write_experts
-from prefmix.policy.folder import CONFIG_FILE, damaged_files, find_policy, replacing_folder
+from prefmix.policy.folder import CONFIG_FILE, RECORD_FILE, damaged_files, find_policy, replacing_folder
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.policy.model_card import model_card
 from prefmix.policy.user_state import UserState
@@ -44,6 +47,7 @@ class PolicyParts(NamedTuple):
         config: `mixture_config.json`.
         users: user state; empty where it was left out.
         metadata_encoder: encoder of metadata, or None.
+        record: `training.json`; empty where there is none.
     """
 
     model: MixtureModel
@@ -51,6 +55,7 @@ class PolicyParts(NamedTuple):
     config: PolicyConfig
     users: UserState
     metadata_encoder: MetadataEncoder | None
+    record: Mapping[str, Any] = MappingProxyType({})
 
 
 def write_policy(
@@ -80,7 +85,10 @@ def write_policy(
             _write_json(folder / "users" / "users.json", parts.users.names)
             save_tensors(parts.users.tensors(), folder / "users" / "users.safetensors")
         parts.tokenizer.save_pretrained(str(folder))
-        (folder / "README.md").write_text(model_card(config, parts.users if user_state else None), encoding="utf-8")
+        users = parts.users if user_state else None
+        (folder / "README.md").write_text(model_card(config, users, parts.record), encoding="utf-8")
+        if parts.record:
+            _write_json(folder / RECORD_FILE, dict(parts.record))
         (folder / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
 
 
@@ -115,7 +123,16 @@ def read_policy(
         else None
     )
     model = model.to(device) if device is not None else model
-    return PolicyParts(model.eval(), _load_tokenizer(folder), config, users, encoder)
+    return PolicyParts(model.eval(), _load_tokenizer(folder), config, users, encoder, _read_record(folder))
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """What training cost and reached; it stands outside the manifest, so what cannot be read is left out."""
+    try:
+        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _load_model(folder: Path, config: PolicyConfig, base: PreTrainedModel) -> MixtureModel:

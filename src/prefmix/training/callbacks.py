@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from prefmix.training.checkpoint import write_atomically
 from prefmix.training.diagnostics import warn_of_collapse, warn_of_overconfidence
 from prefmix.training.persistence import METRICS
+from prefmix.training.record import Clock
 
 if TYPE_CHECKING:
     from prefmix.training.trainer import MixtureTrainer
@@ -23,8 +24,9 @@ class EMCallback(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Continues the sums of a resumed run."""
+        """Continues the sums of a resumed run, and starts the clock."""
         self._trainer.restore_loop()
+        self._trainer.clock = Clock.now(state.global_step)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from prefmix.mixture.likelihoods.model import FeedbackModel
-from prefmix.training.expert_options import default_learning_rate
+from prefmix.training.expert_options import default_learning_rate, precomputes_references
 from prefmix.training.likelihood_options import feedback_model
 from prefmix.training.options import MixtureOptions, RunOptions, reads_states, validate_options
 from prefmix.training.processes import needs_cpu
@@ -30,6 +30,8 @@ class MixtureConfig(MixtureOptions, RunOptions, TrainingArguments):  # type: ign
         validate_options({item.name: getattr(self, item.name) for item in fields(self) if item.init})
         if self.learning_rate is None:
             self.learning_rate = default_learning_rate(vars(self))
+        if self.precompute_ref_log_probs is None:
+            self.precompute_ref_log_probs = precomputes_references(vars(self))
         if self.train_sampling_strategy is None:
             states = self.expert_kind == "shared_base" and reads_states(self.branch_depth, self.trunk)
             self.train_sampling_strategy = "random" if states and self.cache_states != "off" else "group_by_length"

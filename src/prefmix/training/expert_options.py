@@ -20,6 +20,13 @@ class ReadingOptions:
             "to rounding, and faster; models whose attention does not allow it read padded rows, as false always does."
         },
     )
+    precompute_ref_log_probs: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Run the references once over all training texts before the first step, not in every step; null: "
+            "where they cost a pass of their own (branch_depth=-1, a trained trunk, whole models) and epochs are many."
+        },
+    )
 
 
 @dataclass
@@ -50,12 +57,19 @@ def default_learning_rate(values: Mapping[str, Any]) -> float:
     return HEADS_RATE if values["branch_depth"] == 0 and values["trunk"] == "frozen" else LORA_RATE
 
 
+def precomputes_references(values: Mapping[str, Any]) -> bool:
+    """What `precompute_ref_log_probs: null` stands for: whether one pass before training saves one an epoch."""
+    own_pass = values["expert_kind"] == "independent" or values["branch_depth"] == -1 or values["trunk"] != "frozen"
+    several = values["num_train_epochs"] > 1 and values["max_steps"] <= 0
+    return own_pass and several and values["token_dropout"] == 0
+
+
 def expert_problems(values: Mapping[str, Any]) -> list[str]:
     """Why kind, models, starts and frozen experts do not go together, or nothing."""
     independent = values["expert_kind"] == "independent"
     problems = _independent_problems(values) if independent else _shared_base_problems(values)
     problems += _count_problems(values) + _parallel_problems(values)
-    problems += _quantization_problems(values) + _float16_problems(values)
+    problems += _quantization_problems(values) + _float16_problems(values) + _reference_problems(values)
     starts_differ = bool(values["init_experts"]) or (bool(values["expert_models"]) and values["reference"] == "shared")
     if values["init"] == "experts" and not starts_differ:
         problems.append(
@@ -155,6 +169,23 @@ def _float16_problems(values: Mapping[str, Any]) -> list[str]:
                 f"fp16=true with {name}={values[name]!r}: gradients through float16 blocks vanish without loss "
                 "scaling, which prefmix does not do; use bf16=true, or float32"
             )
+    return problems
+
+
+def _reference_problems(values: Mapping[str, Any]) -> list[str]:
+    if not values["precompute_ref_log_probs"]:
+        return []
+    problems = []
+    if values["token_dropout"] > 0:
+        problems.append(
+            f"precompute_ref_log_probs=true with token_dropout={values['token_dropout']}: a step reads other tokens "
+            "than the precomputed sums; leave one of them out"
+        )
+    if values["expert_kind"] == "shared_base" and values["branch_depth"] == 0 and values["trunk"] == "frozen":
+        problems.append(
+            "precompute_ref_log_probs=true with branch_depth=0: the heads' own pass gives the reference for nothing; "
+            "leave it out"
+        )
     return problems
 
 

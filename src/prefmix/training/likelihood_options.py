@@ -19,8 +19,9 @@ class LikelihoodOptions:
         default="sigmoid",
         metadata={
             "help": "TRL's name of the loss, here as -log p of a pair under an expert: sigmoid (Bradley-Terry), "
-            "sigmoid_norm (rewards per token), hinge, ipo, robust, or simpo (no reference, per token). Only the first "
-            "two are likelihoods; with the others responsibilities are generalised posteriors."
+            "sigmoid_norm (rewards per token), hinge, ipo, robust, simpo (no reference, per token), or mixed_logit (a "
+            "log-normal beta). Sigmoids and mixed_logit are likelihoods; with the others responsibilities are "
+            "generalised posteriors."
         },
     )
     label_smoothing: float = field(
@@ -32,6 +33,10 @@ class LikelihoodOptions:
     )
     simpo_gamma: float = field(
         default=0.5, metadata={"help": "simpo: the margin that it asks for, nats (TRL's default)."}
+    )
+    beta_spread: float = field(
+        default=0.5,
+        metadata={"help": "mixed_logit: standard deviation of log beta, whose median is beta; 0 is sigmoid."},
     )
     ties: Ties = field(
         default="drop",
@@ -80,10 +85,12 @@ def likelihood_problems(values: Mapping[str, Any]) -> list[str]:
     if values["label_noise"] and (loss not in PROPER or smoothing):
         problems.append(
             f"label_noise with loss_type={loss!r}, label_smoothing={smoothing}: noise would be counted twice or not at "
-            "all; use it with sigmoid or sigmoid_norm alone"
+            "all; use it with sigmoid, sigmoid_norm or mixed_logit alone"
         )
     if values["simpo_gamma"] != LikelihoodOptions.simpo_gamma and loss != "simpo":
         problems.append(f"simpo_gamma with loss_type={loss!r}: no effect there; use loss_type='simpo'")
+    if values["beta_spread"] != LikelihoodOptions.beta_spread and loss != "mixed_logit":
+        problems.append(f"beta_spread with loss_type={loss!r}: no effect there; use loss_type='mixed_logit'")
     if loss in PER_TOKEN and values["token_dropout"]:
         problems.append(f"token_dropout with loss_type={loss!r}: tokens left out would change its mean; use 0")
     if values["dr_dpo_beta"] is not None and values["latent"] == "membership":
@@ -96,6 +103,7 @@ def _range_problems(values: Mapping[str, Any]) -> list[str]:
     checks = (
         ("label_smoothing", 0 <= values["label_smoothing"] < 0.5, "at least 0 and below 0.5"),
         ("simpo_gamma", 0 <= values["simpo_gamma"] < float("inf"), "zero or more nats"),
+        ("beta_spread", 0 <= values["beta_spread"] < float("inf"), "zero or more, a standard deviation of log beta"),
         ("tie_strength", 0 < values["tie_strength"] < float("inf"), "positive; ties='drop' allows no ties"),
         ("dr_dpo_beta", robust is None or 0 < robust < float("inf"), "positive, or null"),
     )
@@ -111,7 +119,7 @@ def _tie_problems(values: Mapping[str, Any]) -> list[str]:
         for name in ("label_noise", "label_smoothing")
         if values[name]
     ]
-    if values["loss_type"] not in PROPER:
+    if values["loss_type"] not in ("sigmoid", "sigmoid_norm"):
         problems.append(
             f"ties={values['ties']!r} with loss_type={values['loss_type']!r}: ties have a probability under sigmoid "
             "and sigmoid_norm only; use one of them, or ties='drop'"

@@ -31,6 +31,7 @@ from prefmix.training.em_state import EMState
 from prefmix.training.metrics_log import Meter
 from prefmix.training.placement import AbstractPlacement
 from prefmix.training.processes import Readers, share_object, summed
+from prefmix.training.record import Clock
 
 FINISHED = "finished.json"
 METRICS = "metrics.jsonl"
@@ -49,6 +50,8 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
         identity: what a checkpoint must agree with: data, base model, shape of the mixture.
         warm_steps: optimizer steps at the start in which every expert learns from every row.
         hold_steps: optimizer steps before experts decide responsibilities themselves.
+        clock: since this process trains; None before.
+        data_source: what the model card calls the training rows; empty: nothing.
     """
 
     args: MixtureConfig
@@ -58,6 +61,8 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
     identity: dict[str, Any]
     warm_steps: int
     hold_steps: int
+    clock: Clock | None = None
+    data_source: str = ""
     _loop_state: dict[str, Tensor] | None = None
 
     @property

@@ -31,6 +31,7 @@ from prefmix.training.config import MixtureConfig
 from prefmix.training.membership_options import membership_dim
 from prefmix.training.membership_step import final_memberships
 from prefmix.training.population_gate import unknown_user_log_weights
+from prefmix.training.record import training_record
 from prefmix.training.setup import expert_description, tokenizer_of
 
 if TYPE_CHECKING:
@@ -143,6 +144,8 @@ def build_policy(trainer: MixtureTrainer, log_lik: Float[Tensor, "B K"]) -> Mixt
         provenance={
             "data_sha256": trainer.identity["data_sha256"],
             "training_rows": len(trainer.train_comparisons.table),
+            "training_users": len(trainer.train_comparisons.table.users),
+            "training_texts": len(trainer.train_comparisons.table.texts),
             "steps": trainer.state.global_step,
             "seed": args.seed,
             "init": trainer.init,
@@ -151,7 +154,8 @@ def build_policy(trainer: MixtureTrainer, log_lik: Float[Tensor, "B K"]) -> Mixt
         },
     )
     model = MixtureModel(trainer.mixture.experts, gate)
-    return MixturePolicy(model, tokenizer_of(base), config, users, trainer.metadata_encoder)
+    record = training_record(trainer)
+    return MixturePolicy(model, tokenizer_of(base), config, users, trainer.metadata_encoder, record)
 
 
 def identity(args: MixtureConfig, base: BaseModel, table: ComparisonTable, latent: str) -> dict[str, Any]:

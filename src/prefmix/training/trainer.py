@@ -45,6 +45,7 @@ from prefmix.training.processes import (
     share_tensors,
     summed,
 )
+from prefmix.training.references import known_references
 from prefmix.training.result import build_policy, identity, running_users, training_log_lik
 from prefmix.training.starting_experts import FrozenExperts
 from prefmix.training.token_dropout import drop_tokens, undo_scale
@@ -128,6 +129,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.references = known_references(self.mixture.experts, table, args, self.accelerator)
         self.placement = place(self.mixture, self.accelerator, args, self.base)
         # Trainer's name for a model that places itself and reduces its own gradients: it is not wrapped again.
         self.is_distributed_loading_by_transformers = self.placement.places_itself
@@ -187,6 +189,11 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         if self.accelerator.sync_gradients:
             self.guard.observe_gradients(self.mixture)
         return loss
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """With the references' log-probabilities where they are known."""
+        inputs = super()._prepare_inputs(inputs)
+        return inputs if self.references is None else inputs | {"ref_log_probs": self.references[inputs["text_ids"]]}
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Summed row weights over the accumulation steps and all processes: the denominator of the loss."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from prefmix.mixture.bradley_terry import implicit_rewards, preference_log_lik
 from prefmix.mixture.likelihoods.hinge import hinge_log_lik
 from prefmix.mixture.likelihoods.ipo import ipo_log_lik
+from prefmix.mixture.likelihoods.mixed_logit import mixed_logit_log_lik
 from prefmix.mixture.likelihoods.mixture_reward import bt_lse_logit, policy_logit
 from prefmix.mixture.likelihoods.model import PER_TOKEN, FeedbackModel
 from prefmix.mixture.likelihoods.plackett_luce import Rankings, plackett_luce
@@ -104,6 +105,8 @@ def _pair_log_lik(margins: Float[Tensor, "B K"], beta: Float[Tensor, "K"], model
         return ipo_log_lik(margins, beta)
     if model.loss_type == "robust":
         return robust_log_lik(margins, model.label_smoothing)
+    if model.loss_type == "mixed_logit":
+        return mixed_logit_log_lik(margins, model.beta_spread, model.label_noise)
     asked = model.simpo_gamma if model.loss_type == "simpo" else 0.0
     return preference_log_lik(margins - asked, model.label_noise)
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-LossType = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "simpo"]
+LossType = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "simpo", "mixed_logit"]
 Ties = Literal["drop", "davidson", "rao_kupper"]
 Likelihood = Literal["mbt", "bt_lse", "policy"]
 
 # exp of these is a probability: they sum to 1 over the outcomes.
-PROPER: tuple[LossType, ...] = ("sigmoid", "sigmoid_norm")
+PROPER: tuple[LossType, ...] = ("sigmoid", "sigmoid_norm", "mixed_logit")
 # Their rewards are per completion token.
 PER_TOKEN: tuple[LossType, ...] = ("sigmoid_norm", "ipo", "simpo")
 
@@ -25,6 +25,7 @@ class FeedbackModel:
         label_noise: e of p = (1-e) sigmoid(m) + e sigmoid(-m).
         label_smoothing: epsilon; of `robust` the share of flipped labels, else labels are 1 - epsilon.
         simpo_gamma: the margin that `simpo` asks for, nats.
+        beta_spread: standard deviation of log beta under `mixed_logit`.
         ties: what models ties; `drop` leaves them out.
         tie_strength: nu of Davidson, eta of Rao-Kupper.
         likelihood: of the mixture: of Bradley-Terry likelihoods (`mbt`), of rewards (`bt_lse`), or of policies.
@@ -34,6 +35,7 @@ class FeedbackModel:
     label_noise: float = 0.0
     label_smoothing: float = 0.0
     simpo_gamma: float = 0.5
+    beta_spread: float = 0.5
     ties: Ties = "drop"
     tie_strength: float = 1.0
     likelihood: Likelihood = "mbt"
