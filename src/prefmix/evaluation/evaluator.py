@@ -20,7 +20,16 @@ from prefmix.evaluation.cached_states import StateCache
 from prefmix.evaluation.metrics import Agreement, accuracy, agreement, usage
 from prefmix.evaluation.new_users import split_context
 from prefmix.evaluation.report import EvaluationReport, Figures, figures
-from prefmix.evaluation.scoring import Predictions, RowScores, States, predict, reference_predictions, score_rows
+from prefmix.evaluation.scoring import (
+    Predictions,
+    ReadTexts,
+    RowScores,
+    States,
+    predict,
+    read_texts,
+    reference_predictions,
+    score_texts,
+)
 from prefmix.evaluation.weights import (
     context_log_weights,
     known_user_log_weights,
@@ -28,6 +37,7 @@ from prefmix.evaluation.weights import (
     population_log_weights,
 )
 from prefmix.mixture.posterior import posterior
+from prefmix.policy.feedback_rows import check_feedback
 
 if TYPE_CHECKING:
     from prefmix.policy.mixture_policy import MixturePolicy
@@ -43,17 +53,19 @@ class ScoredTable(NamedTuple):
         known_user: [B] the row's user among the policy's users, -1 where the policy does not know them.
         scores: what the experts say.
         gate_log_weights: [B, K] the gate with every user unknown, float64.
+        texts: the log-probabilities that the scores are made of.
     """
 
     table: ComparisonTable
     known_user: np.ndarray
     scores: RowScores
     gate_log_weights: Float[Tensor, "B K"]
+    texts: ReadTexts
 
 
 def evaluate(
     policy: MixturePolicy,
-    rows: Rows,
+    rows: Rows | ScoredTable,
     *,
     context_rows: Rows | None = None,
     new_user_context: Sequence[int] = (0, 1, 2, 4, 8, 16),
@@ -71,7 +83,7 @@ def evaluate(
 
     Args:
         policy: the trained policy.
-        rows: held-out preference rows, or a table whose first users are the policy's.
+        rows: held-out preference rows, or a table whose first users are the policy's, or such scored before.
         context_rows: other rows of the same people, used as context of new users only.
         new_user_context: the context sizes n; those that fewer than half of the people can give are left out.
         states: cached trunk states of the texts of `rows` (a table).
@@ -83,7 +95,7 @@ def evaluate(
     Raises:
         ValueError: no rows, or `true_groups` with rows that name no group.
     """
-    scored = score_table(policy, rows, states=states, cache=cache)
+    scored = rows if isinstance(rows, ScoredTable) else score_table(policy, rows, states=states, cache=cache)
     table, scores, gate, latent = scored.table, scored.scores, policy.model.gate, policy.config.latent
     known = scored.known_user >= 0 if personalises(latent, gate) else np.zeros(len(table), bool)
     log_weights = known_user_log_weights(gate, latent, policy.users, scored.gate_log_weights, scored.known_user)
@@ -148,8 +160,10 @@ def score_table(
     known_user = np.where(table.user >= 0, index[table.user], -1) if len(index) else np.full(len(table), -1)
     if states is None and cache is not None:
         states = cache.states(policy, table)
-    scores = score_rows(policy.model.experts, table, beta=config.beta, feedback=config.feedback_model, states=states)
-    return ScoredTable(table, known_user, scores, policy.table_gate_log_weights(table).double().cpu())
+    check_feedback(table, config.feedback_model)
+    texts = read_texts(policy.model.experts, table, states=states)
+    scores = score_texts(texts, table, beta=config.beta, feedback=config.feedback_model)
+    return ScoredTable(table, known_user, scores, policy.table_gate_log_weights(table).double().cpu(), texts)
 
 
 def _figures(predictions: Predictions, table: ComparisonTable, rows: np.ndarray, seed: int) -> Figures:

@@ -134,6 +134,18 @@ def reference_predictions(scores: RowScores) -> Predictions:
     return Predictions(np.full(len(sign), -np.log(2.0)), 1e-9 * sign)
 
 
+class ReadTexts(NamedTuple):
+    """What the experts say of the texts that a table's rows name.
+
+    Attributes:
+        used: [N] ascending indices of `table.texts`.
+        log_probs: of these texts, [N, K] each.
+    """
+
+    used: np.ndarray
+    log_probs: ExpertLogProbs
+
+
 def score_rows(
     experts: AbstractExperts,
     table: ComparisonTable,
@@ -153,12 +165,27 @@ def score_rows(
         states: cached trunk states of `table.texts`, or None to read token ids.
         tokens_per_chunk: completion tokens (padded tokens without states) that go through the experts at once.
     """
+    check_feedback(table, FeedbackModel() if feedback is None else feedback)
+    texts = read_texts(experts, table, states=states, tokens_per_chunk=tokens_per_chunk)
+    return score_texts(texts, table, beta=beta, feedback=feedback)
+
+
+def read_texts(
+    experts: AbstractExperts, table: ComparisonTable, *, states: States | None = None, tokens_per_chunk: int = 2048
+) -> ReadTexts:
+    """The log-probabilities that `score_rows` works with, which cost nearly all of its time; arguments as there."""
+    used = np.unique(table.compared)
+    return ReadTexts(used, _text_log_probs(experts, table.texts, used, states, tokens_per_chunk))
+
+
+def score_texts(
+    texts: ReadTexts, table: ComparisonTable, *, beta: Sequence[float], feedback: FeedbackModel | None = None
+) -> RowScores:
+    """`score_rows` from log-probabilities that are known; arguments as there."""
     model = FeedbackModel() if feedback is None else feedback
     check_feedback(table, model)
-    used = np.unique(table.compared)
-    rows = table_rows(table, used)
-    log_probs = _text_log_probs(experts, table.texts, used, states, tokens_per_chunk)
-    policy_NK, reference_NK = log_probs.log_probs.double(), log_probs.ref_log_probs.double()
+    rows = table_rows(table, texts.used)
+    policy_NK, reference_NK = texts.log_probs.log_probs.double(), texts.log_probs.ref_log_probs.double()
     beta_K = torch.tensor(beta, dtype=torch.float64)
     lik = feedback_log_lik(policy_NK, reference_NK, rows, beta_K, model)
     reference_N = reference_NK.mean(dim=1)

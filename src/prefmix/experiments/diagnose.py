@@ -49,6 +49,7 @@ def diagnose_policy(
     probe_dim: int = 64,
     restarts: int = 8,
     seed: int = 0,
+    scored: ScoredRows | None = None,
 ) -> Diagnosis:
     """Checks a trained policy on rows, better on rows that it was not trained on.
 
@@ -60,10 +61,11 @@ def diagnose_policy(
         probe_dim: principal directions of the probe.
         restarts: of the probe.
         seed: of the restarts.
+        scored: what `scored_rows` would give, where it is known already.
     """
     from prefmix.experiments.diagnose_experts import diagnose_scored
 
-    findings = diagnose_scored(scored_rows(policy, rows))
+    findings = diagnose_scored(scored_rows(policy, rows) if scored is None else scored)
     if cache is not None and policy.config.num_experts > 1:
         findings += _probe_restarts(policy, rows, cache, probe_dim, restarts, seed)
     return Diagnosis(source, findings)
