@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from prefmix.training.options import OPTION_NAMES, check_fields, expert_head, gate_problems, validate_options
+from prefmix.training.options import expert_head, gate_problems, validate_options
 
 
 @pytest.mark.parametrize(
@@ -67,12 +67,6 @@ def test_defaults_and_the_combinations_of_the_method_are_accepted() -> None:
     ):
         validate_options({"latent": latent, "gate": gate})
         assert gate_problems(gate, latent) == []
-
-
-def test_an_unknown_field_comes_with_the_nearest_known_one() -> None:
-    with pytest.raises(ValueError, match="unknown field 'num_expert' .did you mean 'num_experts'"):
-        check_fields({"num_expert": 2, "beta": 0.1}, OPTION_NAMES)
-    check_fields({"beta": 0.1}, OPTION_NAMES)
 
 
 def test_options_do_not_import_torch() -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from prefmix.cli.generate import add_sampling, sampling
+from prefmix.cli.generate import add_sampling, objective_weights, sampling
 from prefmix.cli.loading import add_policy, load_policy
 from prefmix.cli.output import note, stdout_is_for_results
 
@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> None:
     options = sampling(args)
     with stdout_is_for_results():
         policy = load_policy(args)
+        options |= objective_weights(args, policy)
     talk = Conversation(policy, options)
     if sys.stdin.isatty():
         note(f"{policy.config.num_experts} experts, {len(policy.users)} known users; /help lists commands")
@@ -103,6 +104,8 @@ class Conversation:
             print(f"{user} is unknown; known: {', '.join(self.policy.users.names[:8])} ... `prefmix adapt` adds a user")
             return
         self.options["user"] = user
+        if user is not None:
+            self.options.pop("weights", None)  # of somebody unknown
         self.messages.clear()
 
 

@@ -13,6 +13,7 @@ from prefmix.cli.recipe import parse_scalar
 from prefmix.policy.folder import METADATA_FILE, find_policy
 
 if TYPE_CHECKING:
+    from prefmix.policy.mixture_policy import MixturePolicy
     from prefmix.policy.prompts import Prompt
 
 
@@ -28,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Adds who asks and how tokens are drawn."""
     parser.add_argument("--user", help="a known user; default: the weights of the population")
+    parser.add_argument(
+        "--objective",
+        choices=("max_min", "min_max_regret"),
+        help="weights for somebody unknown: best for the type of user who fares worst, or with the least regret; "
+        "default: the gate",
+    )
     parser.add_argument("--metadata", help="metadata of the user or row, as YAML: '{user_age: 30}'")
     parser.add_argument(
         "--decoder",
@@ -55,7 +62,14 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     if metadata:
         _check_is_read(args, metadata)
     names = ("user", "decoder", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
+    if args.objective and args.user:
+        raise ValueError(f"--objective with --user {args.user}: it is for somebody unknown; leave one of them out")
     return {name: getattr(args, name) for name in names} | {"metadata": metadata}
+
+
+def objective_weights(args: argparse.Namespace, policy: MixturePolicy) -> dict[str, Any]:
+    """`weights` of `--objective`, where one is named."""
+    return {"weights": policy.unknown_user_weights(args.objective).weights} if args.objective else {}
 
 
 def _check_is_read(args: argparse.Namespace, metadata: dict[str, Any]) -> None:
@@ -86,6 +100,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--prompt is empty; write what to answer")
     with stdout_is_for_results():
         policy = load_policy(args)
+        options |= objective_weights(args, policy)
     chats = policy.tokenizer.chat_template is not None and not args.raw
     asked: Prompt = [{"role": "user", "content": prompt}] if chats else prompt
     if not args.stream:

@@ -109,8 +109,9 @@ def evaluate(
     everything = np.ones(len(table), bool)
     curve = NewUserCurve({}, False)
     if personalises(latent, gate) and not true_groups:
-        context = scored if context_rows is None else score_table(policy, context_rows, cache=cache)
-        curve = new_user_curve(policy, scored, context, new_user_context, seed)
+        context = None if context_rows is None else as_unknown(policy, score_table(policy, context_rows, cache=cache))
+        new = as_unknown(policy, scored)
+        curve = new_user_curve(policy, new, new if context is None else context, new_user_context, seed)
     return EvaluationReport(
         name=name,
         num_comparisons=len(table),
@@ -162,8 +163,18 @@ def score_table(
         states = cache.states(policy, table)
     check_feedback(table, config.feedback_model)
     texts = read_texts(policy.model.experts, table, states=states)
-    scores = score_texts(texts, table, beta=config.beta, feedback=config.feedback_model)
+    noise = policy.users.rates(known_user.tolist(), config.label_noise)
+    scores = score_texts(texts, table, beta=config.beta, feedback=config.feedback_model, noise=noise)
     return ScoredTable(table, known_user, scores, policy.table_gate_log_weights(table).double().cpu(), texts)
+
+
+def as_unknown(policy: MixturePolicy, scored: ScoredTable) -> ScoredTable:
+    """Rows as of people about whom nothing is known, whose labels have no error rate of their own yet."""
+    if policy.users.noise is None:
+        return scored
+    config = policy.config
+    scores = score_texts(scored.texts, scored.table, beta=config.beta, feedback=config.feedback_model)
+    return scored._replace(scores=scores)
 
 
 def _figures(predictions: Predictions, table: ComparisonTable, rows: np.ndarray, seed: int) -> Figures:

@@ -154,6 +154,7 @@ def score_rows(
     feedback: FeedbackModel | None = None,
     states: States | None = None,
     tokens_per_chunk: int = 2048,
+    noise: Float[Tensor, "B"] | None = None,
 ) -> RowScores:
     """Per-expert log-likelihoods of every comparison of a table.
 
@@ -164,10 +165,11 @@ def score_rows(
         feedback: the observation model; None: Bradley-Terry without noise.
         states: cached trunk states of `table.texts`, or None to read token ids.
         tokens_per_chunk: completion tokens (padded tokens without states) that go through the experts at once.
+        noise: [B] learnt rates of whoever judged; None: the model's.
     """
     check_feedback(table, FeedbackModel() if feedback is None else feedback)
     texts = read_texts(experts, table, states=states, tokens_per_chunk=tokens_per_chunk)
-    return score_texts(texts, table, beta=beta, feedback=feedback)
+    return score_texts(texts, table, beta=beta, feedback=feedback, noise=noise)
 
 
 def read_texts(
@@ -179,12 +181,17 @@ def read_texts(
 
 
 def score_texts(
-    texts: ReadTexts, table: ComparisonTable, *, beta: Sequence[float], feedback: FeedbackModel | None = None
+    texts: ReadTexts,
+    table: ComparisonTable,
+    *,
+    beta: Sequence[float],
+    feedback: FeedbackModel | None = None,
+    noise: Float[Tensor, "B"] | None = None,
 ) -> RowScores:
     """`score_rows` from log-probabilities that are known; arguments as there."""
     model = FeedbackModel() if feedback is None else feedback
     check_feedback(table, model)
-    rows = table_rows(table, texts.used)
+    rows = table_rows(table, texts.used, noise)
     policy_NK, reference_NK = texts.log_probs.log_probs.double(), texts.log_probs.ref_log_probs.double()
     beta_K = torch.tensor(beta, dtype=torch.float64)
     lik = feedback_log_lik(policy_NK, reference_NK, rows, beta_K, model)
@@ -202,7 +209,7 @@ def _row_scores(
     beta: Float[Tensor, "K"],
     model: FeedbackModel,
 ) -> RowScores:
-    outcomes = pair_outcomes(lik.margins, beta, model)
+    outcomes = pair_outcomes(lik.margins, beta, model, rows.noise)
     if model.is_plain and rows.label is None and rows.rankings is None:
         return RowScores(lik.log_lik, outcomes.loss, ref_logit)
     win, tie, loss = normalised(outcomes)

@@ -63,9 +63,11 @@ def diagnose_policy(
         seed: of the restarts.
         scored: what `scored_rows` would give, where it is known already.
     """
-    from prefmix.experiments.diagnose_experts import diagnose_scored
+    from prefmix.experiments.diagnose_experts import annotators, diagnose_scored
 
     findings = diagnose_scored(scored_rows(policy, rows) if scored is None else scored)
+    if policy.users.noise is not None:
+        findings.append(annotators(policy.users.noise.numpy()))
     if cache is not None and policy.config.num_experts > 1:
         findings += _probe_restarts(policy, rows, cache, probe_dim, restarts, seed)
     return Diagnosis(source, findings)

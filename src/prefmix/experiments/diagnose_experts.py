@@ -17,6 +17,7 @@ from prefmix.mixture.collapse import find_collapse
 
 LENGTH_SHARE = 0.5
 MINORITY = 0.3
+NEARLY_RANDOM, MANY_RANDOM = 0.35, 0.1
 
 
 class ScoredRows(NamedTuple):
@@ -144,6 +145,25 @@ def _best_with_noise(probability: np.ndarray) -> np.ndarray:
     log_lik_EBK = np.log((1 - noise) * p + noise * (1 - p))
     e, j = np.unravel_index(log_lik_EBK.sum(axis=1).argmax(), (len(noise), p.shape[1]))
     return log_lik_EBK[e, :, j]
+
+
+def annotators(rates: np.ndarray) -> Finding:
+    """Who answers nearly at random, where training learnt an error rate for each annotator.
+
+    Args:
+        rates: [U] MAP error rates, NaN for people without training rows.
+    """
+    known = rates[~np.isnan(rates)]
+    if not len(known):
+        return Finding("annotators", "fine", "nobody has an error rate", {"annotators": 0.0})
+    random = float((known > NEARLY_RANDOM).mean())
+    numbers = {"annotators": float(len(known)), "mean_rate": float(known.mean()), "nearly_random": random}
+    people = f"{random:.0%} of {len(known)} annotators are nearly at random"
+    what = f"labels are flipped at {known.mean():.0%} on average; {people}"
+    if random > MANY_RANDOM:
+        remedy = "their rows hardly count in training already; leave them out, or look at what they were asked"
+        return Finding("annotators", "note", what, numbers, remedy)
+    return Finding("annotators", "fine", what, numbers)
 
 
 def calibration(scored: ScoredRows, steps: int = 30) -> Finding:

@@ -21,7 +21,8 @@ class PolicyConfig:
         latent: what carries one expert, a comparison (`pair`) or a user (`user`), or users who blend (`membership`).
         base_source: hub name or folder of the base model; `./base` where the policy folder holds a copy.
         base_sha256: hash of the base model's content; another base is refused.
-        label_noise: e in p = (1-e) sigmoid(m) + e sigmoid(-m).
+        label_noise: e in p = (1-e) sigmoid(m) + e sigmoid(-m); where rates are learnt for each annotator (`UserState`),
+            that of somebody unknown, their mean.
         feedback: what else the loss was (`FeedbackModel.to_dict`); empty: Bradley-Terry, mixed.
         base_revision: revision on the hub, null for its main branch.
         base_gguf_file: file within `base_source`, where that is a GGUF repository.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from prefmix.data.comparisons import ComparisonTable
@@ -12,12 +13,15 @@ from prefmix.mixture.likelihoods.model import FeedbackModel
 from prefmix.mixture.likelihoods.plackett_luce import Rankings
 
 
-def table_rows(table: ComparisonTable, used: np.ndarray | None = None) -> FeedbackRows:
+def table_rows(
+    table: ComparisonTable, used: np.ndarray | None = None, noise: Float[Tensor, "B"] | None = None
+) -> FeedbackRows:
     """All rows of a table.
 
     Args:
         table: B comparisons.
         used: [N] ascending, the texts that were scored (all that rows name); None: all texts of the table.
+        noise: [B] learnt rates of whoever judged; None: the model's.
     """
     texts = np.arange(len(table.texts)) if used is None else used
 
@@ -34,6 +38,7 @@ def table_rows(table: ComparisonTable, used: np.ndarray | None = None) -> Feedba
         None
         if ranked is None
         else Rankings(local(ranked.texts), torch.from_numpy(ranked.size), torch.from_numpy(ranked.stages)),
+        noise,
     )
 
 

@@ -19,16 +19,18 @@ from prefmix.data.comparisons import ComparisonTable
 from prefmix.data.tokenization import tokenize_rows, tokenize_texts
 from prefmix.data.users import MetadataEncoder
 from prefmix.mixture.bradley_terry import mixture_log_lik
+from prefmix.mixture.group_objectives import UnknownUserWeights
 from prefmix.policy.config import PolicyConfig
 from prefmix.policy.folder import policy_home
 from prefmix.policy.generation import DECODERS, SamplingOptions, rho_dtype
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.policy.preferences import PreferenceScores, Ranked, candidate_scores, preference_scores, score_dicts
-from prefmix.policy.prompts import Prompt, is_single_prompt, prompt_list, prompt_token_ids
+from prefmix.policy.prompts import Prompt, is_single_prompt, prompt_list, prompt_token_ids, users_and_metadata
 from prefmix.policy.questions import Question, rank_questions
 from prefmix.policy.responses import left_pad, stream_response, write_responses
 from prefmix.policy.serialization import PolicyParts, read_policy, write_policy
 from prefmix.policy.text_scores import text_log_probs
+from prefmix.policy.unknown_users import Objective, unknown_user_weights
 from prefmix.policy.user_state import UserState
 from prefmix.policy.user_weights import UserWeights
 
@@ -165,7 +167,7 @@ class MixturePolicy:
         user_weights = self._user_weights()
         user_weights.check_adaptable()
         table = self._table(comparisons)
-        scores = self._preference_scores(table)
+        scores = self._preference_scores(table, [self.users.index(user)] * len(table))
         prompts = [table.texts.prompts[i] for i in table.prompt]
         user_weights.learn(user, prompts, table.metadata, scores.log_lik, torch.from_numpy(table.weight))
         if save:
@@ -177,6 +179,16 @@ class MixturePolicy:
     def forget(self, user: str) -> None:
         """Takes back what `adapt` and training learned of a user's weights; `save_pretrained` makes it last."""
         self._user_weights().forget(user)
+
+    def unknown_user_weights(
+        self, objective: Objective = "max_min", rows: Sequence[Mapping[str, Any]] | None = None, by: str = "user"
+    ) -> UnknownUserWeights:
+        """Weights for somebody about whom nothing is known, for `generate(weights=...)`; see `unknown_users`."""
+        return unknown_user_weights(self, objective, rows, by)  # type: ignore[arg-type]
+
+    def user_log_weights(self, users: Sequence[str]) -> Float[Tensor, "U K"]:
+        """[U, K] log-weights of known users at the average prompt and metadata; float64."""
+        return self._user_weights().posterior(None, users, [None] * len(users))
 
     @torch.no_grad()
     def table_gate_log_weights(self, table: ComparisonTable) -> Float[Tensor, "B K"]:
@@ -217,7 +229,7 @@ class MixturePolicy:
         if per_expert:
             return log_probs
         token_ids = [texts.prompts[i] for i in texts.prompt_index]
-        rows = _rows(user, metadata, len(responses))
+        rows = users_and_metadata(user, metadata, len(responses))
         return mixture_log_lik(self._user_weights().posterior(token_ids, *rows), log_probs)
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -232,7 +244,7 @@ class MixturePolicy:
             DataError: rows that cannot be used.
         """
         table = self._table(rows)
-        scores = self._preference_scores(table)
+        scores = self._preference_scores(table, table.user.tolist())
         names = [table.users[i] if i >= 0 else None for i in table.user]
         prompts = [table.texts.prompts[i] for i in table.prompt]
         log_weights = self._user_weights().posterior(prompts, names, list(table.metadata))
@@ -314,7 +326,7 @@ class MixturePolicy:
         room = self.tokenizer.model_max_length - max(len(ids) for ids in token_ids)
         temperature = temperature if do_sample else 0.0
         options = SamplingOptions(min(max_new_tokens, room), temperature, top_k, top_p, repetition_penalty)
-        rows = _rows(user, metadata, len(prompts))
+        rows = users_and_metadata(user, metadata, len(prompts))
         log_weights = self._generation_weights(weights, token_ids, *rows)
         token_ids = [ids for ids in token_ids for _ in range(num_return_sequences)]
         call = self._generation_call(token_ids, log_weights.repeat_interleave(num_return_sequences, 0), decoder, seed)
@@ -343,9 +355,9 @@ class MixturePolicy:
     def _table(self, rows: Sequence[Mapping[str, Any]]) -> ComparisonTable:
         return tokenize_rows(rows, self.tokenizer, users=self.users.names, progress=False, **self._reading())
 
-    def _preference_scores(self, table: ComparisonTable) -> PreferenceScores:
+    def _preference_scores(self, table: ComparisonTable, judges: Sequence[int]) -> PreferenceScores:
         log_probs = text_log_probs(self.model.experts, table.texts)
-        return preference_scores(log_probs, table, self.config)
+        return preference_scores(log_probs, table, self.config, self.users.rates(judges, self.config.label_noise))
 
     def _generation_weights(
         self,
@@ -382,14 +394,3 @@ class MixturePolicy:
             "eos_token_ids": self.eos_token_ids,
             "generator": generator,
         }
-
-
-def _rows(user: Any, metadata: Any, num: int) -> tuple[list[str | None], list[Metadata | None]]:
-    """Users and metadata of `num` rows, from one for all or one for each."""
-    users = [user] * num if user is None or isinstance(user, str) else list(user)
-    entries = [metadata] * num if metadata is None or isinstance(metadata, Mapping) else list(metadata)
-    if len(users) != num or len(entries) != num:
-        raise ValueError(
-            f"{len(users)} users and {len(entries)} metadata for {num} texts; give one each, or one for all"
-        )
-    return users, entries

@@ -105,6 +105,7 @@ def remove_expert(policy: MixturePolicy, expert: int) -> MixturePolicy:
         raise ValueError("remove_expert: this is the only expert")
     kept = [k for k in range(count) if k != expert]
     users = UserState(list(policy.users.names), policy.users.log_lik[:, kept], policy.users.count.clone())
+    users.noise = policy.users.noise
     experts, gate = _recombined(policy.model.experts, kept), narrowed(policy.model.gate, expert)
     betas = tuple(policy.config.beta[k] for k in kept)
     return _changed(policy, experts, gate, betas, users, f"removed expert {expert}")
@@ -234,7 +235,7 @@ def _with_neutral(policy: MixturePolicy, column: int) -> UserState:
     neutral = torch.logsumexp(log_weights + users.log_lik[:, others], dim=1)
     neutral = neutral if others else torch.zeros_like(neutral)
     log_lik = torch.cat([users.log_lik[:, :column], neutral[:, None], users.log_lik[:, column + 1 :]], dim=1)
-    return UserState(list(users.names), log_lik, users.count.clone())
+    return UserState(list(users.names), log_lik, users.count.clone(), noise=users.noise)
 
 
 def _with_evidence(policy: MixturePolicy, rows: Sequence[Row] | None) -> MixturePolicy:

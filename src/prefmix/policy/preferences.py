@@ -66,18 +66,22 @@ class Ranked(NamedTuple):
     position: int
 
 
-def preference_scores(log_probs: ExpertLogProbs, table: ComparisonTable, config: PolicyConfig) -> PreferenceScores:
+def preference_scores(
+    log_probs: ExpertLogProbs, table: ComparisonTable, config: PolicyConfig, noise: Float[Tensor, "B"] | None = None
+) -> PreferenceScores:
     """Rewards, margins and likelihoods of comparisons between texts.
 
     Args:
         log_probs: of the table's texts.
         table: B comparisons.
         config: beta and the observation model.
+        noise: [B] learnt rates of whoever judged; None: the model's.
 
     Raises:
         ValueError: rows that the observation model has no likelihood for.
     """
-    rows, model, beta = table_rows(table), config.feedback_model, torch.tensor(config.beta, dtype=torch.float64)
+    rows, model = table_rows(table, noise=noise), config.feedback_model
+    beta = torch.tensor(config.beta, dtype=torch.float64)
     check_feedback(table, model)
     texts = (log_probs.log_probs.double(), log_probs.ref_log_probs.double())
     lik = feedback_log_lik(*texts, rows, beta, model)

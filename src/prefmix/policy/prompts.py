@@ -51,3 +51,14 @@ def prompt_token_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         token_ids = [0 if start is None else int(start)]
     return token_ids
+
+
+def users_and_metadata(user: Any, metadata: Any, num: int) -> tuple[list[str | None], list[Mapping[str, Any] | None]]:
+    """Users and metadata of `num` rows, from one for all or one for each."""
+    users = [user] * num if user is None or isinstance(user, str) else list(user)
+    entries = [metadata] * num if metadata is None or isinstance(metadata, Mapping) else list(metadata)
+    if len(users) != num or len(entries) != num:
+        raise ValueError(
+            f"{len(users)} users and {len(entries)} metadata for {num} texts; give one each, or one for all"
+        )
+    return users, entries

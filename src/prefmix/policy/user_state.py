@@ -30,6 +30,8 @@ class UserState:
         count: [U] sum of the weights of the user's comparisons.
         mean: [U, d] mean of q(z_u) under `latent="membership"`; d = 0 under the others.
         log_std: [U, d] log of its standard deviations.
+        noise: [U] error rates of the users' labels where they are learnt for each annotator, NaN where unknown; None:
+            the policy has one rate for everybody.
     """
 
     names: list[str]
@@ -37,6 +39,7 @@ class UserState:
     count: Float[Tensor, "U"]
     mean: Float[Tensor, "U d"] | None = None
     log_std: Float[Tensor, "U d"] | None = None
+    noise: Float[Tensor, "U"] | None = None
 
     def __post_init__(self) -> None:
         self.names = [str(name) for name in self.names]
@@ -44,6 +47,7 @@ class UserState:
         self.count = self.count.detach().to("cpu", torch.float64)
         if self.mean is not None and self.log_std is not None:
             self.mean, self.log_std = (part.detach().to("cpu", torch.float64) for part in (self.mean, self.log_std))
+        self.noise = None if self.noise is None else self.noise.detach().to("cpu", torch.float64)
         assert len(self.names) == len(self.log_lik) == len(self.count), "one row for each user"
         self._index = {name: row for row, name in enumerate(self.names)}
         assert len(self._index) == len(self.names), "user names are distinct"
@@ -71,6 +75,8 @@ class UserState:
             self.names.append(name)
             self.log_lik = torch.cat([self.log_lik, self.log_lik.new_zeros(1, self.log_lik.shape[1])])
             self.count = torch.cat([self.count, self.count.new_zeros(1)])
+            if self.noise is not None:
+                self.noise = torch.cat([self.noise, self.noise.new_full((1,), torch.nan)])
             if self.mean is not None and self.log_std is not None:  # zeros are the prior N(0, I)
                 self.mean, self.log_std = (
                     torch.cat([v, v.new_zeros(1, v.shape[1])]) for v in (self.mean, self.log_std)
@@ -83,6 +89,15 @@ class UserState:
         if not len(self):
             return self.log_lik.new_zeros(len(index), self.log_lik.shape[1])
         return torch.where((index >= 0).unsqueeze(1), self.log_lik[index.clamp(min=0)], 0.0)
+
+    def rates(self, rows: Sequence[int], otherwise: float) -> Float[Tensor, "B"] | None:
+        """[B] error rates of users by row; `otherwise` for -1 and users without one. None: nobody has one."""
+        if self.noise is None or not len(self):
+            return None
+        index = torch.tensor(rows, dtype=torch.long)
+        known = (index >= 0) & (index < len(self))
+        found = torch.where(known, self.noise[torch.where(known, index, 0)], torch.nan)
+        return torch.where(found.isnan(), otherwise, found)
 
     def q(self, rows: Sequence[int], dim: int) -> GaussianQ:
         """What is known of users' z by row, [B, d]; the prior N(0, I) for -1 (unknown)."""
@@ -104,4 +119,4 @@ class UserState:
         tensors = {"log_lik": self.log_lik, "count": self.count}
         if self.mean is not None and self.log_std is not None:
             tensors |= {"mean": self.mean, "log_std": self.log_std}
-        return tensors
+        return tensors if self.noise is None else tensors | {"noise": self.noise}

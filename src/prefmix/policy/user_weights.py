@@ -132,6 +132,8 @@ class UserWeights(NamedTuple):
         if row < 0:
             return
         self.users.log_lik[row], self.users.count[row] = 0.0, 0.0
+        if self.users.noise is not None:
+            self.users.noise[row] = torch.nan
         if self.users.mean is not None and self.users.log_std is not None:
             self.users.mean[row], self.users.log_std[row] = 0.0, 0.0
         if self.has_user_term and row < len(self.model.gate.user):

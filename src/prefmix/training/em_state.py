@@ -13,6 +13,8 @@ from torch import Tensor
 
 from prefmix.mixture.membership import GaussianQ
 from prefmix.mixture.user_evidence import UserEvidence
+from prefmix.training.amortized_posterior import AmortizedPosterior
+from prefmix.training.noise_state import NoiseState
 
 
 class MeanResponsibility(NamedTuple):
@@ -43,6 +45,9 @@ class EMState:
         group_weight: [G] n_g of the bound: summed row weights under `user`, 1 under `pair`.
         total_weight: summed weight of the training rows.
         q: of z_g under `latent="membership"`, [G, d] each, as of the last visit; None under the others.
+        noise: learnt label noise; None where it is fixed.
+        amortized: the network of `estep="amortized"`; None under the others.
+        threshold: [K] running mean margins of beta-DPO; None without `adaptive_beta`.
     """
 
     def __init__(
@@ -51,6 +56,9 @@ class EMState:
         num_groups, num_experts = initial.shape
         self.evidence = UserEvidence(len(group), num_experts, group, weight, num_groups, per_pair)
         self.q: GaussianQ | None = None
+        self.noise: NoiseState | None = None
+        self.amortized: AmortizedPosterior | None = None
+        self.threshold: Tensor | None = None
         self.initial = initial.clone()
         self.resp = initial.clone()
         self.total_weight = float(weight.double().sum())
@@ -71,12 +79,24 @@ class EMState:
         mean = (self._count @ self.resp.double()) / self._num_groups
         return MeanResponsibility(mean.to(self.resp.dtype), self._num_groups)
 
+    def figures(self) -> dict[str, float]:
+        """What a line of the log says of what is learnt beside experts and gate."""
+        found = {} if self.noise is None else self.noise.figures()
+        if self.threshold is not None:
+            found |= {f"mixture/mean_margin_{k}": value for k, value in enumerate(self.threshold.tolist())}
+        return found if self.amortized is None else found | self.amortized.pop_gap()
+
     def state_dict(self) -> dict[str, Tensor]:
-        """Plain tensors: evidence (`table`, `visited`), `initial` and `resp`; `q_mean` and `q_log_std` where q is."""
+        """Plain tensors: evidence (`table`, `visited`), `initial` and `resp`; `q_mean` and `q_log_std` where q is.
+
+        What is learnt of label noise, the E-step's network and beta's thresholds likewise.
+        """
         state = {**self.evidence.state_dict(), "initial": self.initial.clone(), "resp": self.resp.clone()}
         if self.q is not None:
             state |= {"q_mean": self.q.mean.clone(), "q_log_std": self.q.log_std.clone()}
-        return state
+        for part in (self.noise, self.amortized):
+            state |= {} if part is None else part.state_dict()
+        return state if self.threshold is None else state | {"threshold": self.threshold.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes what `state_dict` gave.
@@ -95,3 +115,8 @@ class EMState:
         if self.q is not None:
             self.q.mean.copy_(state["q_mean"])
             self.q.log_std.copy_(state["q_log_std"])
+        for part in (self.noise, self.amortized):
+            if part is not None:
+                part.load_state_dict(state)
+        if self.threshold is not None:
+            self.threshold.copy_(state["threshold"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,7 @@ from prefmix.evaluation.metrics import accuracy, log_loss
 from prefmix.evaluation.scoring import Predictions, predict, score_rows
 from prefmix.evaluation.weights import known_user_log_weights, population_log_weights
 from prefmix.training.population_gate import unknown_user_log_weights
-from prefmix.training.result import gate_with_user_weights, training_log_lik
+from prefmix.training.result import gate_with_user_weights, population_noise, training_log_lik
 from prefmix.training.setup import Comparisons
 
 if TYPE_CHECKING:
@@ -33,16 +34,17 @@ def held_out_metrics(trainer: MixtureTrainer, comparisons: Comparisons, prefix: 
     """
     start = time.perf_counter()
     table, mixture = comparisons.table, trainer.mixture
+    users, noise = trainer.running_user_state(), population_noise(trainer)
     scores = score_rows(
         mixture.experts,
         table,
         beta=trainer.args.betas,
-        feedback=trainer.args.feedback_model,
+        feedback=replace(trainer.args.feedback_model, label_noise=noise),
         states=comparisons.states,
+        noise=users.rates(table.user.tolist(), noise),
     )
     terms = unknown_user_log_weights(mixture, comparisons)
     population = population_log_weights(mixture.gate, terms)
-    users = trainer.running_user_state()
     gate = gate_with_user_weights(trainer, training_log_lik(trainer)) if "user" in mixture.gate.terms else mixture.gate
     personal = known_user_log_weights(gate, trainer.latent, users, terms, table.user)
     with_user, without_user = predict(personal, scores), predict(population, scores)

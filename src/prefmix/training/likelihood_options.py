@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from prefmix.mixture.likelihoods.model import PER_TOKEN, PROPER, FeedbackModel, Likelihood, LossType, Ties
+from prefmix.training.noise_options import first_noise
 
 SMOOTHED: tuple[LossType, ...] = ("sigmoid", "sigmoid_norm", "robust", "simpo")
 
@@ -64,12 +65,21 @@ class LikelihoodOptions:
             "choice, smaller is stronger, null: all rows teach alike."
         },
     )
+    adaptive_beta: float | None = field(
+        default=None,
+        metadata={
+            "help": "beta-DPO's alpha (the paper: 0.6): experts learn at beta_k [1 + alpha (M_k - M0_k)], M_k the mean "
+            "margin of a pass at beta_k and M0_k its running mean, so a pass of large gaps holds them nearer to the "
+            "reference. The E-step and the policy keep beta_k. null: beta stays."
+        },
+    )
 
 
 def feedback_model(values: Mapping[str, Any]) -> FeedbackModel:
-    """The observation model that a configuration asks for."""
+    """The observation model that a configuration asks for; where label noise is learnt, with the rate it starts at."""
     names = FeedbackModel.__dataclass_fields__
-    return FeedbackModel(**{name: cast(Any, values[name]) for name in names})
+    chosen = {name: values[name] for name in names} | {"label_noise": first_noise(values)}
+    return FeedbackModel(**cast(Any, chosen))
 
 
 def likelihood_problems(values: Mapping[str, Any]) -> list[str]:
@@ -95,17 +105,29 @@ def likelihood_problems(values: Mapping[str, Any]) -> list[str]:
         problems.append(f"token_dropout with loss_type={loss!r}: tokens left out would change its mean; use 0")
     if values["dr_dpo_beta"] is not None and values["latent"] == "membership":
         problems.append("dr_dpo_beta with latent='membership': its bound is one of users, not rows; leave it out")
-    return problems + _tie_problems(values) + _marginal_problems(values)
+    return problems + _tie_problems(values) + _marginal_problems(values) + _adaptive_problems(values)
+
+
+def _adaptive_problems(values: Mapping[str, Any]) -> list[str]:
+    if values["adaptive_beta"] is None:
+        return []
+    fitting = (
+        ("latent", values["latent"] != "membership", "its bound is one of users, not rows; use 'user' or 'pair'"),
+        ("likelihood", values["likelihood"] == "mbt", "beta belongs to the mixture's one reward; use 'mbt'"),
+        ("loss_type", values["loss_type"] != "ipo", "its target moves with beta; use another loss"),
+    )
+    return [f"adaptive_beta with {name}={values[name]!r}: {why}" for name, holds, why in fitting if not holds]
 
 
 def _range_problems(values: Mapping[str, Any]) -> list[str]:
-    robust = values["dr_dpo_beta"]
+    robust, adaptive = values["dr_dpo_beta"], values["adaptive_beta"]
     checks = (
         ("label_smoothing", 0 <= values["label_smoothing"] < 0.5, "at least 0 and below 0.5"),
         ("simpo_gamma", 0 <= values["simpo_gamma"] < float("inf"), "zero or more nats"),
         ("beta_spread", 0 <= values["beta_spread"] < float("inf"), "zero or more, a standard deviation of log beta"),
         ("tie_strength", 0 < values["tie_strength"] < float("inf"), "positive; ties='drop' allows no ties"),
         ("dr_dpo_beta", robust is None or 0 < robust < float("inf"), "positive, or null"),
+        ("adaptive_beta", adaptive is None or 0 < adaptive < float("inf"), "positive, such as 0.6, or null"),
     )
     return [f"{name}={values[name]!r}: {remedy}" for name, holds, remedy in checks if not holds]
 

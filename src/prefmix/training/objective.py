@@ -60,7 +60,12 @@ def _completion_lengths(inputs: Mapping[str, Tensor]) -> Int[Tensor, "N"]:
 
 
 def likelihoods(
-    output: MixtureOutput, inputs: Mapping[str, Tensor], *, beta: Float[Tensor, "K"], model: FeedbackModel
+    output: MixtureOutput,
+    inputs: Mapping[str, Tensor],
+    *,
+    beta: Float[Tensor, "K"],
+    model: FeedbackModel,
+    noise: Float[Tensor, "B"] | None = None,
 ) -> Likelihoods:
     """Log-likelihoods of a batch under every expert.
 
@@ -69,8 +74,9 @@ def likelihoods(
         inputs: the batch.
         beta: [K] beta_k.
         model: the observation model.
+        noise: [B] learnt rates of whoever judged; None: the model's.
     """
-    rows = batch_rows(inputs, model)
+    rows = batch_rows(inputs, model)._replace(noise=noise)
     lik = feedback_log_lik(output.log_probs, output.ref_log_probs, rows, beta, model)
     rewards = lik.rewards.detach()
     return Likelihoods(rewards[rows.chosen], rewards[rows.rejected], lik.margins.detach(), lik.log_lik)

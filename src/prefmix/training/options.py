@@ -15,13 +15,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from prefmix.training.expert_options import QuantizationOptions, ReadingOptions, expert_problems
 from prefmix.training.likelihood_options import LikelihoodOptions, likelihood_problems
 from prefmix.training.membership_options import MembershipOptions, membership_problems
+from prefmix.training.noise_options import NoiseOptions, noise_problems
 
 Latent = Literal["auto", "pair", "user", "membership"]
 GateTerm = Literal["global", "prompt", "user", "metadata"]
 Head = Literal["auto", "hidden", "logit", "full", "none"]
 Trunk = Literal["frozen", "lora", "full"]
 MStepName = Literal["all", "sampled", "top"]
-EStepName = Literal["exact", "hard", "annealed", "gumbel"]
+EStepName = Literal["exact", "hard", "annealed", "gumbel", "amortized"]
 Initialization = Literal["auto", "probe", "random", "kmeans", "labels", "experts"]
 
 
@@ -33,7 +34,7 @@ def _field(default, help_text: str):  # type: ignore[no-untyped-def]
 
 
 @dataclass
-class MixtureOptions(ReadingOptions, QuantizationOptions, MembershipOptions, LikelihoodOptions):
+class MixtureOptions(ReadingOptions, QuantizationOptions, MembershipOptions, LikelihoodOptions, NoiseOptions):
     """What is specific to mixtures of expert policies (method.md has the symbols)."""
 
     # --- model -------------------------------------------------------------------------------------------------------
@@ -95,7 +96,10 @@ class MixtureOptions(ReadingOptions, QuantizationOptions, MembershipOptions, Lik
     gate_prior_alpha: float = _field(1.0, "Dirichlet concentration of the mixture weights, at least 1 (1 is flat).")
     gate_learning_rate: float = _field(1e-2, "Learning rate of gate terms that learn by gradient.")
     # --- E-step -------------------------------------------------------------------------------------------------------
-    estep: EStepName = _field("exact", "How responsibilities are computed.")
+    estep: EStepName = _field(
+        "exact",
+        "How responsibilities are computed; amortized: by a network, trained along (looser, and the gap is logged).",
+    )
     estep_temperature: float = _field(1.0, "Temperature at the start (annealed, gumbel).")
     estep_temperature_end: float = _field(1.0, "Temperature at the end of training (annealed, gumbel).")
     gumbel_hard: bool = _field(True, "Straight-through one-hot samples; false: relaxed samples.")
@@ -198,7 +202,7 @@ _UNSUPPORTED = {
 def validate_options(options: Mapping[str, Any]) -> None:
     """Checks every field of `MixtureOptions` and `RunOptions` that `options` names, and what must hold between them.
 
-    Fields that are absent count as their defaults; fields of neither class are left to `check_fields`.
+    Fields that are absent count as their defaults; fields of neither class are not looked at.
 
     Raises:
         ValueError: all problems at once, one a line, each with field, value and remedy.
@@ -208,18 +212,6 @@ def validate_options(options: Mapping[str, Any]) -> None:
     problems = _type_problems(values)
     if not problems:
         problems = [*_range_problems(values), *_combination_problems(values)]
-    if problems:
-        raise ValueError("\n".join(problems))
-
-
-def check_fields(mapping: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Refuses names that no configuration class has, each with the nearest name that one has.
-
-    Raises:
-        ValueError: all unknown names, one a line.
-    """
-    names = list(known)
-    problems = [f"unknown field {name!r}{_suggestion(name, names)}" for name in mapping if name not in names]
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -366,7 +358,7 @@ def _range_problems(values: Mapping[str, Any]) -> list[str]:
 def _combination_problems(values: Mapping[str, Any]) -> list[str]:
     beta, gate, estep = values["beta"], list(values["gate"]), values["estep"]
     problems = [*gate_problems(gate, values["latent"]), *branch_problems(values), *expert_problems(values)]
-    problems += membership_problems(values) + likelihood_problems(values)
+    problems += membership_problems(values) + likelihood_problems(values) + noise_problems(values)
     if isinstance(beta, list | tuple) and len(beta) != values["num_experts"]:
         problems.append(
             f"beta={beta!r}: {len(beta)} values for num_experts={values['num_experts']}; give one each, or one"
@@ -383,8 +375,10 @@ def _combination_problems(values: Mapping[str, Any]) -> list[str]:
         problems.append(f"m_step_samples with m_step={values['m_step']!r}: no effect there; use m_step='sampled'")
     if values["m_step"] != "top" and values["m_step_threshold"] != 0.1:
         problems.append(f"m_step_threshold with m_step={values['m_step']!r}: no effect there; use m_step='top'")
-    if estep == "exact" and (values["estep_temperature"], values["estep_temperature_end"]) != (1.0, 1.0):
-        problems.append("estep_temperature with estep='exact': no effect there; use estep='annealed' or leave it at 1")
+    if estep in ("exact", "amortized") and (values["estep_temperature"], values["estep_temperature_end"]) != (1.0, 1.0):
+        problems.append(
+            f"estep_temperature with estep={estep!r}: no effect there; use estep='annealed' or leave it at 1"
+        )
     for name, remedy in _UNSUPPORTED.items():
         if values.get(name):
             problems.append(f"{name}={values[name]!r}: {remedy}")

@@ -40,13 +40,15 @@ if TYPE_CHECKING:
 
 def training_log_lik(trainer: MixtureTrainer) -> Float[Tensor, "B K"]:
     """Log-likelihoods of all training rows under the experts as they are: one pass over the distinct texts."""
-    comparisons, args = trainer.train_comparisons, trainer.args
+    comparisons, args, noise = trainer.train_comparisons, trainer.args, trainer.em.noise
+    every = torch.arange(len(comparisons.table), device=args.device)
     return score_rows(
         trainer.mixture.experts,
         comparisons.table,
         beta=args.betas,
         feedback=args.feedback_model,
         states=comparisons.states,
+        noise=None if noise is None else noise.of_rows(every).double().cpu(),
     ).log_lik
 
 
@@ -72,6 +74,7 @@ def trained_users(trainer: MixtureTrainer, log_lik: Float[Tensor, "B K"]) -> Use
         log_lik: [B, K] log p_ik of the training rows.
     """
     users = user_state(trainer.train_comparisons.table, log_lik)
+    users.noise = _rates(trainer)
     return final_memberships(trainer, users, log_lik) if trainer.latent == "membership" else users
 
 
@@ -109,11 +112,24 @@ def running_users(trainer: MixtureTrainer) -> UserState:
     """What the running evidence says of every user, q(z) as of their last visit; nothing under `pair`."""
     table, q = trainer.train_comparisons.table, trainer.em.q
     if trainer.latent == "pair":
-        return UserState.empty(trainer.args.num_experts, table.users)
+        empty = UserState.empty(trainer.args.num_experts, table.users)
+        empty.noise = _rates(trainer)
+        return empty
     users = user_state(table, trainer.em.evidence.table.cpu())
+    users.noise = _rates(trainer)
     if q is not None:
         users.mean, users.log_std = (part[: len(users)].double().cpu() for part in q)
     return users
+
+
+def _rates(trainer: MixtureTrainer) -> Float[Tensor, "U"] | None:
+    noise = trainer.em.noise
+    return None if noise is None else noise.of_users(len(trainer.train_comparisons.table.users))
+
+
+def population_noise(trainer: MixtureTrainer) -> float:
+    """Error rate of somebody unknown: as given, or the mean of the learnt rates."""
+    return trainer.args.label_noise if trainer.em.noise is None else trainer.em.noise.population
 
 
 def build_policy(trainer: MixtureTrainer, log_lik: Float[Tensor, "B K"]) -> MixturePolicy:
@@ -133,7 +149,7 @@ def build_policy(trainer: MixtureTrainer, log_lik: Float[Tensor, "B K"]) -> Mixt
         latent=trainer.latent,
         base_source=base.source,
         base_sha256=base.sha256,
-        label_noise=args.label_noise,
+        label_noise=population_noise(trainer),
         feedback=args.feedback_model.to_dict(),
         base_revision=args.model_revision,
         base_gguf_file=gguf_file,
@@ -149,6 +165,7 @@ def build_policy(trainer: MixtureTrainer, log_lik: Float[Tensor, "B K"]) -> Mixt
             "steps": trainer.state.global_step,
             "seed": args.seed,
             "init": trainer.init,
+            "label_noise_update": args.label_noise_update,
             "torch": torch.__version__,
             "hardware": f"{platform.machine()}, {args.device.type}",
         },
@@ -166,6 +183,12 @@ def identity(args: MixtureConfig, base: BaseModel, table: ComparisonTable, laten
         dim = membership_dim(args.num_experts, args.membership_dim)
         spread |= {"membership_dim": dim, "membership_estep": args.membership_estep}
     feedback = {"feedback": said} if (said := args.feedback_model.to_dict()) else {}
+    if args.estep == "amortized":
+        spread["estep"] = args.estep
+    if args.adaptive_beta is not None:
+        spread["adaptive_beta"] = args.adaptive_beta
+    if args.label_noise_update != "fixed":
+        spread |= {"label_noise_update": args.label_noise_update, "label_noise_prior": list(args.label_noise_prior)}
     return spread | {
         "data_sha256": table_sha256(table),
         "base_sha256": base.sha256,

@@ -20,6 +20,7 @@ from prefmix.policy.mixture_model import MixtureModel, MixtureOutput
 from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.policy.user_state import UserState
 from prefmix.training import diagnostics, setup
+from prefmix.training.amortized_posterior import FIRST_LESSONS, AmortizedPosterior
 from prefmix.training.callbacks import EMCallback, MetricsFileCallback
 from prefmix.training.config import MixtureConfig
 from prefmix.training.em_state import EMState
@@ -28,6 +29,7 @@ from prefmix.training.guards import FiniteGuard
 from prefmix.training.held_out import held_out_metrics
 from prefmix.training.membership_step import first_q
 from prefmix.training.metrics_log import Meter
+from prefmix.training.noise_state import NoiseState
 from prefmix.training.objective import Likelihoods, estep_function, held, likelihoods
 from prefmix.training.objectives import objective_of
 from prefmix.training.objectives.interface import objective_sums
@@ -164,8 +166,10 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.objective.comes_back):
             return undo_scale(model(**inputs), self.args.token_dropout)
 
-    def _likelihoods(self, output: MixtureOutput, inputs: dict[str, Tensor]) -> Likelihoods:
-        return likelihoods(output, inputs, beta=self._beta, model=self.args.feedback_model)
+    def _likelihoods(self, output: MixtureOutput, inputs: dict[str, Tensor], beta: Tensor | None = None) -> Likelihoods:
+        beta = self._beta if beta is None else beta
+        noise = None if self.em.noise is None else self.em.noise.of_rows(inputs["row"])
+        return likelihoods(output, inputs, beta=beta, model=self.args.feedback_model, noise=noise)
 
     def _responsibilities(self, inputs: dict[str, Tensor], log_weights: Tensor, evidence: Tensor) -> EStep:
         """Uniform in a warm start, then the first ones while held, afterwards the E-step's from the experts alone."""
@@ -173,12 +177,24 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
             first = self.em.initial[inputs["group"]]
             warm = self.state.global_step < self.warm_steps
             return held(torch.full_like(first, 1 / first.shape[1]) if warm else first)
+        if self.em.amortized is not None:
+            self._teach_estep(self.em.amortized, inputs["row"], log_weights, evidence)
         q = self._estep(log_weights, evidence, temperature=self.temperature, generator=None)
         row, group, log_q = gathered(self.readers, inputs["row"], inputs["group"], q.log_q)
         if self.readers.number > 1:
             group, log_q = group[row >= 0], log_q[row >= 0]
         self.em.remember(group, log_q)
         return q
+
+    def _teach_estep(self, network: AmortizedPosterior, row: Tensor, log_weights: Tensor, evidence: Tensor) -> None:
+        """A step of the E-step's network on the batch of all processes; at first many, on all groups."""
+        row, log_weights, evidence = gathered(self.readers, row, log_weights, evidence)
+        if network.is_untaught and not self.em.evidence.per_pair:
+            everybody = self.em.evidence.group_evidence()
+            prior = self.mixture.gate.population_log_weights().detach().expand_as(everybody)
+            network.learn(prior, everybody, FIRST_LESSONS)
+        network.learn(log_weights[row >= 0], evidence[row >= 0], FIRST_LESSONS if network.is_untaught else 1)
+        network.measure(log_weights[row >= 0], evidence[row >= 0])
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward pass; gradients are looked at before clipping mixes them."""
@@ -299,6 +315,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         if "loss" in logs:
             logs.update(self.meter.pop(partial(summed, self.readers)))
             logs["mixture/temperature"] = self.temperature
+            logs.update(self.em.figures())
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -340,13 +357,20 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
             per_pair=self.latent == "pair",
         )
         self.em.q = first_q(self)
+        if self.args.label_noise_update != "fixed":
+            self.em.noise = NoiseState(table, self.args, device)
+        if self.args.estep == "amortized":
+            self.em.amortized = AmortizedPosterior(self.args.num_experts, self.args.seed, device)
+        if self.args.adaptive_beta is not None:
+            self.em.threshold = torch.zeros(self.args.num_experts, device=device)
         self.identity = run_identity
         self.frozen = FrozenExperts(self.mixture.experts, self.args.freeze_experts, self.args.train_experts)
         self.meter, self.guard = Meter(), FiniteGuard(table.source_row)
         self.warm_steps = self.hold_steps = 0
         self._beta = torch.tensor(self.args.betas, device=device)
         self._m_step = M_STEPS[self.args.m_step]
-        self._estep = estep_function(self.args.estep, self.args.gumbel_hard)
+        network = self.em.amortized
+        self._estep = estep_function(self.args.estep, self.args.gumbel_hard) if network is None else network.estep
         self.objective = objective_of(self)
         self.add_callback(EMCallback(self))
         self.add_callback(MetricsFileCallback(self.run_dir))

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from prefmix.mixture.annotator_noise import noisy_log_lik
 from prefmix.mixture.bradley_terry import implicit_rewards, preference_log_lik
 from prefmix.mixture.likelihoods.hinge import hinge_log_lik
 from prefmix.mixture.likelihoods.ipo import ipo_log_lik
@@ -35,6 +36,7 @@ class FeedbackRows(NamedTuple):
         tie: [B] both were judged equal; None: no row.
         label: [B] probability that `chosen` is the better one; None: 1 everywhere.
         rankings: the texts of all rows in order; None: every row is a pair.
+        noise: [B] e_i in [0, 0.5] of whoever judged, where rates are learnt; None: the model's `label_noise`.
     """
 
     chosen: Int[Tensor, "B"]
@@ -43,6 +45,7 @@ class FeedbackRows(NamedTuple):
     tie: Bool[Tensor, "B"] | None = None
     label: Float[Tensor, "B"] | None = None
     rankings: Rankings | None = None
+    noise: Float[Tensor, "B"] | None = None
 
 
 class Sides(NamedTuple):
@@ -84,21 +87,32 @@ def text_rewards(
     return mean_token_rewards(log_probs, ref_log_probs, num_tokens, beta)
 
 
-def pair_outcomes(margins: Float[Tensor, "B K"], beta: Float[Tensor, "K"], model: FeedbackModel) -> Outcomes:
+def pair_outcomes(
+    margins: Float[Tensor, "B K"],
+    beta: Float[Tensor, "K"],
+    model: FeedbackModel,
+    noise: Float[Tensor, "B"] | None = None,
+) -> Outcomes:
     """The (pseudo-)log-likelihood of winning, tying and losing; ties at -inf where nothing models them.
 
     Args:
         margins: [B, K] m_ik.
         beta: [K].
         model: the observation model; label smoothing is not applied here.
+        noise: [B] rates in the place of the model's.
     """
     if model.keeps_ties:
         return TIES[model.ties](margins, model.tie_strength)
-    win, loss = _pair_log_lik(margins, beta, model), _pair_log_lik(-margins, beta, model)
+    win, loss = _pair_log_lik(margins, beta, model, noise), _pair_log_lik(-margins, beta, model, noise)
     return Outcomes(win, torch.full_like(win, -torch.inf), loss)
 
 
-def _pair_log_lik(margins: Float[Tensor, "B K"], beta: Float[Tensor, "K"], model: FeedbackModel) -> Tensor:
+def _pair_log_lik(
+    margins: Float[Tensor, "B K"], beta: Float[Tensor, "K"], model: FeedbackModel, noise: Float[Tensor, "B"] | None
+) -> Tensor:
+    if noise is not None:
+        assert model.loss_type in ("sigmoid", "sigmoid_norm"), "rates are learnt under these alone"
+        return noisy_log_lik(margins, noise)
     if model.loss_type == "hinge":
         return hinge_log_lik(margins)
     if model.loss_type == "ipo":
@@ -147,9 +161,9 @@ def _row_log_lik(
 ) -> Float[Tensor, "B K"]:
     smoothing = 0.0 if model.loss_type == "robust" else model.label_smoothing
     if rows.label is None and not smoothing and not model.keeps_ties:
-        log_lik = _pair_log_lik(margins, beta, model)
+        log_lik = _pair_log_lik(margins, beta, model, rows.noise)
     else:
-        outcomes = pair_outcomes(margins, beta, model)
+        outcomes = pair_outcomes(margins, beta, model, rows.noise)
         label = margins.new_ones(len(margins)) if rows.label is None else rows.label.to(margins.dtype)
         label = label * (1.0 - smoothing) + (1.0 - label) * smoothing
         log_lik = soft_label_log_lik(outcomes.win, outcomes.loss, label)

@@ -2,7 +2,8 @@
 
     ELBO_i = a_i [E_q log p_i - KL(q_g || w_g) / n_g],   q from the running evidence of group g
 
-Legend: B rows, K experts.
+With `adaptive_beta` (beta-DPO) experts learn at the pass's own beta, and its bound is what is logged; responsibilities
+and evidence stay at the run's. Legend: B rows, K experts.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from prefmix.mixture.elbo import elbo_rows
+from prefmix.mixture.estep import EStep
+from prefmix.mixture.likelihoods.beta_dpo import adapt_beta
 from prefmix.mixture.m_step import with_gradient_of
 from prefmix.policy.mixture_model import MixtureOutput
 from prefmix.training.objective import Likelihoods, robust_bound
@@ -26,12 +29,25 @@ class DiscreteObjective(AbstractObjective):
         trainer, weight = self.trainer, inputs["weight"]
         evidence = self._evidence(inputs["row"], lik.log_lik)
         q = trainer._responsibilities(inputs, output.log_weights, evidence)
-        taught = self.taught(model, inputs, output, lik, q)
+        self.remember_flips(inputs, lik, q)
+        beta = self._adapted_beta(lik, q, weight)
+        teaching = lik if beta is None else trainer._likelihoods(output, inputs, beta)
+        taught = self.taught(model, inputs, output, teaching, q, beta)
         group_weight = trainer.em.group_weight[inputs["group"]]
-        rows = elbo_rows(lik.log_lik.detach(), taught.log_weights, q.resp, q.log_q, weight, group_weight)
+        rows = elbo_rows(teaching.log_lik.detach(), taught.log_weights, q.resp, q.log_q, weight, group_weight)
         bound = with_gradient_of(rows.elbo, taught.log_lik, taught.coefficient, weight)
         bound = robust_bound(bound, weight, trainer.args.dr_dpo_beta)
         return BatchBound(bound, rows, q, evidence, output.log_weights, group_weight)
+
+    def _adapted_beta(self, lik: Likelihoods, q: EStep, weight: Float[Tensor, "B"]) -> Float[Tensor, "K"] | None:
+        """[K] beta-DPO's beta of this pass over all processes, whose threshold moves on; None without it."""
+        trainer, threshold = self.trainer, self.trainer.em.threshold
+        if threshold is None:
+            return None
+        margins, rows = gathered(trainer.readers, lik.margins, weight.unsqueeze(1) * q.log_q.exp())
+        found = adapt_beta(margins, rows, trainer._beta, threshold, alpha=trainer.args.adaptive_beta)
+        threshold.copy_(found.threshold)
+        return found.beta
 
     def _evidence(self, row: Int[Tensor, "B"], log_lik: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
         """[B, K] running evidence of each row's group; every process keeps the same table."""

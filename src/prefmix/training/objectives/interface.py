@@ -13,6 +13,7 @@ from prefmix.mixture.estep import EStep
 from prefmix.policy.mixture_model import MixtureOutput
 from prefmix.training.metrics_log import Sums, batch_sums
 from prefmix.training.objective import Likelihoods, Taught, learners_of_texts
+from prefmix.training.processes import gathered
 from prefmix.training.token_dropout import undo_scale
 
 if TYPE_CHECKING:
@@ -72,6 +73,13 @@ class AbstractObjective(ABC):
         """Whether a cheap M-step reads the batch again, for the experts that learn."""
         return self.trainer.args.m_step != "all" and self.trainer.mixture.experts.keeps_activations
 
+    def remember_flips(self, inputs: dict[str, Tensor], lik: Likelihoods, q: EStep) -> None:
+        """The E-step of learnt label noise, at the responsibilities used."""
+        noise, readers = self.trainer.em.noise, self.trainer.readers
+        if noise is not None:
+            flipped = noise.flips(inputs["row"], lik.margins, q.log_q.exp(), inputs.get("label"))
+            noise.remember(*gathered(readers, inputs["row"], flipped))
+
     def taught(
         self,
         model: nn.Module,
@@ -79,13 +87,14 @@ class AbstractObjective(ABC):
         output: MixtureOutput,
         lik: Likelihoods,
         q: EStep,
+        beta: Float[Tensor, "K"] | None = None,
     ) -> Taught:
-        """Who learns from which row, and their log-likelihoods with gradient."""
+        """Who learns from which row, and their log-likelihoods with gradient; `beta` in the place of the run's."""
         trainer, args = self.trainer, self.trainer.args
         coefficient = trainer._m_step(q.resp, samples=args.m_step_samples, threshold=args.m_step_threshold)
         if self.comes_back:
             learners = learners_of_texts(coefficient, inputs)
             again = undo_scale(model(**inputs, learners=learners), args.token_dropout)
             output = again._replace(ref_log_probs=output.ref_log_probs)
-            lik = trainer._likelihoods(output, inputs)
+            lik = trainer._likelihoods(output, inputs, beta)
         return Taught(coefficient, lik.log_lik, output.log_weights)

@@ -50,6 +50,7 @@ class MembershipObjective(DiscreteObjective):
             resp = torch.softmax(log_weights + lik.log_lik, dim=-1).mean(dim=0)
             mean_weights = log_weights.exp().mean(dim=0).log()
         q = EStep(resp, resp.log())
+        self.remember_flips(inputs, lik, q)
         taught = self.taught(model, inputs, output, lik, q)
         log_weights = membership_log_weights(taught.log_weights, network.loading, z_SMd[:, users.position])
         row_log_lik = mixture_rows(log_weights, lik.log_lik.detach())
