@@ -28,6 +28,7 @@ VERBS = {
     "probe": "find groups of users before training a single expert",
     "choose_k": "choose the number of groups on users that are held out",
     "train": "train a mixture of expert policies from a recipe",
+    "compare": "single DPO, mixtures and every baseline on the same rows, in one table",
     "evaluate": "score a policy on held-out comparisons",
     "score": "write implicit rewards and preference probabilities of rows",
     "generate": "answer one prompt",
