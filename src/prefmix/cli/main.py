@@ -30,6 +30,7 @@ VERBS = {
     "train": "train a mixture of expert policies from a recipe",
     "compare": "single DPO, mixtures and every baseline on the same rows, in one table",
     "evaluate": "score a policy on held-out comparisons",
+    "report": "write one HTML page that shows what a run learned",
     "score": "write implicit rewards and preference probabilities of rows",
     "generate": "answer one prompt",
     "chat": "talk to a policy, as any of its users",
