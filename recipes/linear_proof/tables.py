@@ -21,8 +21,9 @@ def print_tables(found: Cells) -> None:
     if "recovery" in groups:
         for title, value in RECOVERY.items():
             _recovery(groups["recovery"], title, value)
-    if "restarts" in groups:
-        _restarts(groups["restarts"][()])
+    for part in ("restarts", "hard_restarts"):
+        if part in groups:
+            _restarts(part.replace("_", " "), groups[part][()])
 
 
 def interval(values: list[float], digits: int = 3) -> str:
@@ -74,11 +75,13 @@ def _recovery(groups: dict[tuple[int, ...], list[dict[str, float]]], title: str,
         print(f"| {num} | {' | '.join(shown)} |")
 
 
-def _restarts(cells: list[dict[str, float]]) -> None:
-    closed = sum(cell["guarded"] >= 0.99 for cell in cells)
-    print(
-        f"\n{closed} of {len(cells)} guarded runs close 99%; the least closes {min(c['guarded'] for c in cells):.3f}."
-    )
+def _restarts(title: str, cells: list[dict[str, float]]) -> None:
+    print(f"\n{title}, share of (best found - one expert) that is closed")
+    for name in ("guarded", "guarded_objective"):
+        closed = [cell[name] for cell in cells if name in cell]
+        if closed:
+            good = sum(share >= 0.99 for share in closed)
+            print(f"{name.replace('_', ' ')}: {good} of {len(closed)} runs close 99%; the least closes {min(closed):.3f}")
     for name in ("annealed_starts", "plain_starts"):
         mean = sum(cell[name] for cell in cells) / len(cells)
         print(f"{name.replace('_', ' ')} that close 99% alone: {mean:.2f}")

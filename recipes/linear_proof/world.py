@@ -48,11 +48,23 @@ def orthogonal_tastes(num: int, generator: torch.Generator) -> Tensor:
     return SIZE * basis.T[:num]
 
 
-def draw_world(tastes: Tensor, users: int, each: int, generator: torch.Generator) -> World:
-    """Users in equal groups, `each` answered comparisons of every one."""
-    taste = torch.randperm(users, generator=generator) % len(tastes)
+def near_tastes(num: int, features: int, cosine: float, generator: torch.Generator) -> Tensor:
+    """Tastes of which any two have the same cosine, in random directions of more features than usual."""
+    basis = torch.linalg.qr(torch.randn(features, features, generator=generator)).Q.T
+    return SIZE * (cosine**0.5 * basis[0] + (1.0 - cosine) ** 0.5 * basis[1 : num + 1])
+
+
+def draw_world(
+    tastes: Tensor, users: int, each: int, generator: torch.Generator, shares: tuple[float, ...] | None = None
+) -> World:
+    """Users with `each` answered comparisons of every one, in equal groups or in the given shares (summing to 1)."""
+    taste = torch.randperm(users, generator=generator)
+    if shares is None:
+        taste = taste % len(tastes)
+    else:
+        taste = torch.bucketize((taste + 0.5) / users, torch.tensor(shares).cumsum(0)[:-1])
     group = torch.arange(users).repeat_interleave(each)
-    difference = torch.randn(users * each, FEATURES, generator=generator)
+    difference = torch.randn(users * each, tastes.shape[1], generator=generator)
     right = torch.sigmoid((difference * tastes[taste[group]]).sum(1))
     lost = torch.rand(len(right), generator=generator) > right
     difference[lost] *= -1

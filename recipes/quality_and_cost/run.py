@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from arguments import load_arguments
 from arms import Arm, all_arms
 from films import load_films, mean_ratings
+from pairs import Sizes
 from runs import (
     Workplace,
     products_per_second,
@@ -37,6 +39,7 @@ from tables import best_scale, judge, table_text, write_pictures
 
 from prefmix.experts.base_model import load_base
 
+FILMS, ARGUMENTS = "films", "arguments"
 RATE_STEP = 3.0  # of further rates; about the step of the grids
 
 
@@ -62,15 +65,17 @@ class Run(NamedTuple):
 class Study:
     """All runs of one set of rows, written to one JSON after each of them."""
 
-    def __init__(self, place: Workplace, output: Path, settings: dict[str, Any], max_seconds: float) -> None:
+    def __init__(
+        self, place: Workplace, items: str, output: Path, settings: dict[str, Any], max_seconds: float
+    ) -> None:
         """Goes on from `output` where it exists.
 
         Raises:
             ValueError: `output` was made with other settings.
         """
-        self._place, self._output = place, output
+        self._place, self._items, self._output = place, items, output
         self._end = time.process_time() + max_seconds
-        self.results: dict[str, Any] = {"settings": settings, "rows": _rows_in_words(place), "runs": {}}
+        self.results: dict[str, Any] = {"settings": settings, "rows": _rows_in_words(place, items), "runs": {}}
         self.results |= {"chosen": {}, "reading_seconds": {}}
         if output.is_file():
             found = json.loads(output.read_text(encoding="utf-8"))
@@ -121,7 +126,7 @@ class Study:
             record = self._train(run, states)
         if scored and "test" not in record:
             experts = with_state(record["experts"], load_file(str(states)), self._place)
-            margins = score(experts, self._place.films.test, self._place)
+            margins = score(experts, self._place.rows.test, self._place)
             record["test"] = judge(margins, record["validation"]["scale"]).to_dict()
             record["test"]["margins"] = [round(float(margin), 4) for margin in margins]
             self._write()
@@ -132,7 +137,7 @@ class Study:
         before = products_per_second()
         trained = train(run.arm, run.rate, run.seed, self._place)
         speed = [round(before, 1), round(products_per_second(), 1)]
-        margins = score(trained.experts, self._place.films.validation, self._place)
+        margins = score(trained.experts, self._place.rows.validation, self._place)
         scale = best_scale(margins)
         record = {
             "loop_seconds": round(trained.seconds, 2),
@@ -155,14 +160,13 @@ class Study:
         return record
 
     def _baselines(self) -> dict[str, Any]:
-        test, ratings = self._place.films.test, mean_ratings()
-        older = [_year(row["rejected"]) - _year(row["chosen"]) for row in test.rows]
-        popular = [ratings[row["chosen"]] - ratings[row["rejected"]] for row in test.rows]
-        logits = {
-            "reference": reference_logits(test, self._place),
-            "the older film": np.array(older),
-            "the film with the higher mean rating": np.array(popular),
-        }
+        test = self._place.rows.test
+        logits = {"reference": reference_logits(test, self._place)}
+        if self._items == FILMS:
+            logits |= _of_films(test.rows)
+        else:
+            longer = [len(row["chosen"]) - len(row["rejected"]) for row in test.rows]
+            logits["the longer argument"] = np.array(longer)
         return {name: round(judge(values, 1.0).accuracy, 5) for name, values in logits.items()}
 
     def _write(self) -> None:
@@ -177,11 +181,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     args = _parser().parse_args(arguments)
     torch.set_num_threads(1)
     base = load_base(args.model, dtype=torch.float32)
-    rows = {name: getattr(args, name) for name in ("training_pairs", "more_pairs", "max_held_out")}
-    films = load_films(base.tokenizer, **rows, seed=args.split_seed)
-    place = Workplace(base, films, args.work_dir)
-    settings = rows | {"split_seed": args.split_seed, "model": Path(args.model).name, "commit": args.commit}
-    study = Study(place, args.output, settings, 60 * args.max_cpu_minutes)
+    sizes = Sizes(args.training_pairs, args.more_pairs, args.max_held_out)
+    rows = (load_films if args.rows == FILMS else load_arguments)(base.tokenizer, sizes, args.split_seed)
+    place = Workplace(base, rows, args.work_dir)
+    settings = sizes._asdict() | {"split_seed": args.split_seed, "model": Path(args.model).name, "commit": args.commit}
+    study = Study(place, args.rows, args.output, settings, 60 * args.max_cpu_minutes)
     study.start()
     arms = {name: arm for name, arm in all_arms().items() if not args.arms or name in args.arms}
     for arm in arms.values():
@@ -189,9 +193,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             print(f"stopped before {arm.name} was complete; the same command goes on", flush=True)
             break
     finished = [all_arms()[name] for name in all_arms() if _complete(study.results, all_arms()[name])]
-    print(table_text(study.results, finished, films.test))
+    print(table_text(study.results, finished, rows.test))
     if finished:
-        write_pictures(study.results, finished, films.test, args.output)
+        write_pictures(study.results, finished, rows.test, args.output)
     return study.results
 
 
@@ -200,14 +204,24 @@ def _complete(results: dict[str, Any], arm: Arm) -> bool:
     return rate is not None and "test" in results["runs"].get(Run(arm, rate, arm.seeds[0]).key, {})
 
 
-def _rows_in_words(place: Workplace) -> dict[str, Any]:
-    films = place.films
-    numbers = {}
-    for name, rows in (("training", films.few), ("more_training", films.many)):
-        different = {row[side] for row in rows for side in ("chosen", "rejected")}
-        numbers |= {f"{name}_pairs": len(rows), f"{name}_films": len(different)}
-    for name, pairs in (("validation", films.validation), ("test", films.test)):
-        numbers |= {f"{name}_pairs": len(pairs.table), f"{name}_films": len(pairs.table.texts)}
+def _of_films(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """What needs no language model: the year, and what everybody thinks of a film."""
+    ratings = mean_ratings()
+    return {
+        "the older film": np.array([_year(row["rejected"]) - _year(row["chosen"]) for row in rows]),
+        "the film with the higher mean rating": np.array(
+            [ratings[row["chosen"]] - ratings[row["rejected"]] for row in rows]
+        ),
+    }
+
+
+def _rows_in_words(place: Workplace, items: str) -> dict[str, Any]:
+    rows, numbers = place.rows, {}
+    for name, some in (("training", rows.few), ("more_training", rows.many)):
+        different = {row[side] for row in some for side in ("chosen", "rejected")}
+        numbers |= {f"{name}_pairs": len(some), f"{name}_{items}": len(different)}
+    for name, pairs in (("validation", rows.validation), ("test", rows.test)):
+        numbers |= {f"{name}_pairs": len(pairs.table), f"{name}_{items}": len(pairs.table.texts)}
     return numbers
 
 
@@ -220,6 +234,7 @@ def _year(film: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Held-out accuracy against CPU seconds for every kind of expert.")
     parser.add_argument("--model", default="smollm2", help="base model")
+    parser.add_argument("--rows", choices=(FILMS, ARGUMENTS), default=FILMS, help="what people compared")
     parser.add_argument("--training-pairs", type=int, default=500, help="of every arm")
     parser.add_argument("--more-pairs", type=int, default=2000, help="of heads that train on more")
     parser.add_argument("--max-held-out", type=int, help="at most so many validation and test pairs")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from arms import EVERYWHERE, Arm
-from films import Films, Pairs
+from pairs import Pairs, Splits
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
@@ -50,12 +50,12 @@ class Workplace(NamedTuple):
 
     Attributes:
         base: the base model.
-        films: the rows.
+        rows: of all arms.
         folder: of cached states, runs and states of experts.
     """
 
     base: BaseModel
-    films: Films
+    rows: Splits
     folder: Path
 
 
@@ -198,7 +198,7 @@ def _train_trl(arm: Arm, rate: float, seed: int, place: Workplace) -> Trained:
     trainer = DPOTrainer(
         model=load_base(place.base.source, dtype=torch.float32).model,
         args=args,
-        train_dataset=datasets.Dataset.from_list(place.films.few),
+        train_dataset=datasets.Dataset.from_list(place.rows.few),
         processing_class=place.base.tokenizer,
         peft_config=LoraConfig(r=TRL_RANK, lora_alpha=2 * TRL_RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[clock],
@@ -213,7 +213,7 @@ def _train_trl(arm: Arm, rate: float, seed: int, place: Workplace) -> Trained:
 
 
 def _rows_of(arm: Arm, place: Workplace) -> list[dict[str, Any]]:
-    return place.films.many if arm.more_pairs else place.films.few
+    return place.rows.many if arm.more_pairs else place.rows.few
 
 
 def _description(branch_depth: int, rank: int) -> dict[str, Any]:

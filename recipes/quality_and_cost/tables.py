@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from arms import Arm
-from films import Pairs
+from pairs import Pairs
 from runs import cost
 from scipy.optimize import minimize_scalar
 
@@ -61,7 +61,7 @@ class Line(NamedTuple):
         rate: the chosen learning rate.
         seconds: CPU seconds of each seed's run.
         figures: on test pairs.
-        accuracy: minus the baseline's, on the same pairs; interval over films.
+        accuracy: minus the baseline's, on the same pairs; interval over items.
         log_loss: the same of log-losses; negative is better.
         parameters: trained numbers.
     """
@@ -109,26 +109,26 @@ def judge(margins: np.ndarray, scale: float) -> Figures:
     return Figures(float(found.hits.mean()), float(found.losses.mean()), float(scores(margins).losses.mean()))
 
 
-def over_films(values: np.ndarray, films: np.ndarray) -> Estimate:
-    """Mean of a figure of pairs with an interval over the sampling of films: pairs that share one are not independent.
+def over_items(values: np.ndarray, items: np.ndarray) -> Estimate:
+    """Mean of a figure of pairs with an interval over the sampling of items: pairs that share one are not independent.
 
-        se^2 = 1/B^2 sum_{i, j that share a film} e_i e_j,   e_i = v_i - mean
+        se^2 = 1/B^2 sum_{i, j that share an item} e_i e_j,   e_i = v_i - mean
 
     Args:
         values: [B].
-        films: [B, 2] index of each pair's films.
+        items: [B, 2] index of each pair's items.
 
     Source: Fafchamps & Gubert 2007, the dyadic-robust variance.
-    Relations: a bootstrap of people (`evaluation.intervals`) would not cover the choice of films; one of films draws
+    Relations: a bootstrap of people (`evaluation.intervals`) would not cover the choice of items; one of items draws
         a pair n_a n_b times, and makes intervals up to 1.7 times too wide where noise belongs to pairs.
     """
-    residual, num_films = values - values.mean(), int(films.max()) + 1
-    of_film = sum(np.bincount(films[:, side], residual, num_films) for side in (0, 1))
-    both = np.unique(np.sort(films, axis=1), axis=0, return_inverse=True)[1].reshape(-1)
-    shared = (of_film**2).sum() - (np.bincount(both, residual) ** 2).sum()  # who shares both was counted twice
+    residual, num_items = values - values.mean(), int(items.max()) + 1
+    of_item = sum(np.bincount(items[:, side], residual, num_items) for side in (0, 1))
+    both = np.unique(np.sort(items, axis=1), axis=0, return_inverse=True)[1].reshape(-1)
+    shared = (of_item**2).sum() - (np.bincount(both, residual) ** 2).sum()  # who shares both was counted twice
     se = float(np.sqrt(max(shared, (residual**2).sum()))) / len(values)
     mean = float(values.mean())
-    return Estimate(mean, se, mean - 1.96 * se, mean + 1.96 * se, len(values), num_films)
+    return Estimate(mean, se, mean - 1.96 * se, mean + 1.96 * se, len(values), num_items)
 
 
 def lines(results: Mapping[str, Any], arms: Sequence[Arm], test: Pairs) -> list[Line]:
@@ -144,8 +144,8 @@ def lines(results: Mapping[str, Any], arms: Sequence[Arm], test: Pairs) -> list[
                 results["chosen"][arm.name],
                 [cost(arm, record["loop_seconds"], results["reading_seconds"]) for record in records],
                 Figures(float(own.hits.mean()), float(own.losses.mean()), _mean(records, "raw_log_loss")),
-                over_films(own.hits - base.hits, test.films),
-                over_films(own.losses - base.losses, test.films),
+                over_items(own.hits - base.hits, test.items),
+                over_items(own.losses - base.losses, test.items),
                 records[0]["parameters"],
             )
         )

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quality_and_cost"
-MODULES = ("arms", "films", "runs", "tables", "run")
+MODULES = ("arguments", "arms", "films", "pairs", "runs", "tables", "run")
 HEAD, TRL, BLOCKS = "head, hidden, r=16", "TRL LoRA, r=16", "LoRA, all blocks, r=16"
 
 
@@ -58,6 +58,16 @@ def command(make_tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: 
     ).split()
 
 
+def test_debates_are_dealt_whole(recipe: Callable[[str], ModuleType], tiny_tokenizer: Any) -> None:
+    found = recipe("arguments").load_arguments(tiny_tokenizer, recipe("pairs").Sizes(100, 200, 300), seed=0)
+    debates = [
+        {row["prompt"].splitlines()[0] for row in rows} for rows in (found.many, found.validation.rows, found.test.rows)
+    ]
+    assert all(debates)
+    assert not debates[0] & debates[1] and not debates[0] & debates[2] and not debates[1] & debates[2]
+    assert found.few == found.many[: len(found.few)]
+
+
 def test_recipe_trains_all_kinds_and_goes_on_where_it_stopped(
     recipe: Callable[[str], ModuleType], command: list[str], tmp_path: Path, capsys: Any
 ) -> None:
@@ -84,26 +94,26 @@ def test_recipe_trains_all_kinds_and_goes_on_where_it_stopped(
 
 
 def test_held_out_films_are_in_no_other_part(recipe: Callable[[str], ModuleType], tiny_tokenizer: Any) -> None:
-    found = recipe("films").load_films(tiny_tokenizer, training_pairs=20, more_pairs=60, max_held_out=None, seed=1)
+    found = recipe("films").load_films(tiny_tokenizer, recipe("pairs").Sizes(20, 60, None), seed=1)
     parts = [found.many, found.validation.rows, found.test.rows]
     films = [{row[name] for row in rows for name in ("chosen", "rejected")} for rows in parts]
     assert all(films)
     assert not films[0] & films[1] and not films[0] & films[2] and not films[1] & films[2]
     assert found.few == found.many[:20]
     rows = found.test.rows
-    assert len(rows) == len(found.test.films)
+    assert len(rows) == len(found.test.items)
     order = sorted(films[2])
-    assert [order[i] for i in found.test.films[:, 1]] == [row["rejected"] for row in rows]
+    assert [order[i] for i in found.test.items[:, 1]] == [row["rejected"] for row in rows]
 
 
 def test_interval_is_wide_where_one_film_decides_and_narrow_where_no_film_matters(
     recipe: Callable[[str], ModuleType],
 ) -> None:
-    over_films, rng = recipe("tables").over_films, np.random.default_rng(0)
+    over_items, rng = recipe("tables").over_items, np.random.default_rng(0)
     films = np.array([[a, b] for a in range(30) for b in range(30) if a < b])
     of_film, of_pair = rng.normal(size=30), rng.normal(size=len(films))
-    by_film = over_films(of_film[films].sum(axis=1), films)
-    by_pair = over_films(of_pair, films)
+    by_film = over_items(of_film[films].sum(axis=1), films)
+    by_pair = over_items(of_pair, films)
     assert by_film.mean == pytest.approx(of_film[films].sum(axis=1).mean())
     # Var of the mean of f_a + f_b over all pairs is 4 Var f / n; of independent values 1 / pairs.
     assert by_film.se == pytest.approx(2 * of_film.std() / 30**0.5, rel=0.25)
@@ -111,8 +121,8 @@ def test_interval_is_wide_where_one_film_decides_and_narrow_where_no_film_matter
     both = of_film[films].sum(axis=1) + of_pair
     error = both - both.mean()
     shared = sum(error[i] * error[j] for i in range(435) for j in range(435) if set(films[i]) & set(films[j]))
-    assert over_films(both, films).se ** 2 == pytest.approx(shared / 435**2)
-    assert over_films(np.ones(len(films)), films).se == pytest.approx(0, abs=1e-12)
+    assert over_items(both, films).se ** 2 == pytest.approx(shared / 435**2)
+    assert over_items(np.ones(len(films)), films).se == pytest.approx(0, abs=1e-12)
 
 
 def test_loss_of_a_pair_is_the_logistic_of_its_scaled_margin(recipe: Callable[[str], ModuleType]) -> None:

@@ -111,7 +111,12 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _read_yaml(path: Path, problems: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+def compose_mapping(path: Path) -> yaml.MappingNode:
+    """The YAML of a file as nodes, which know their lines.
+
+    Raises:
+        RecipeError: no such file, or no mapping in it.
+    """
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe; write one with: prefmix init {path}")
     try:
@@ -122,18 +127,29 @@ def _read_yaml(path: Path, problems: list[str]) -> tuple[dict[str, Any], dict[st
         raise RecipeError(f"{path}: the recipe is empty; write one with: prefmix init")
     if not isinstance(root, yaml.MappingNode):
         raise RecipeError(f"{path}: a recipe is a mapping of `field: value` lines")
-    values: dict[str, Any] = {}
+    return root
+
+
+def entries(root: yaml.MappingNode, path: Path, problems: list[str]) -> tuple[dict[str, yaml.Node], dict[str, str]]:
+    """Name -> node and name -> `path:line` of a mapping; a name that stands twice is a problem."""
+    nodes: dict[str, yaml.Node] = {}
     lines: dict[str, str] = {}
     for key, node in root.value:
         name, line = str(key.value), f"{path}:{key.start_mark.line + 1}"
-        if name in values:
+        if name in nodes:
             problems.append(f"{line}: {name} stands twice (first at {lines[name]}); keep one")
-        values[name], lines[name] = _construct(node), line
-    return values, lines
+        nodes[name], lines[name] = node, line
+    return nodes, lines
 
 
-def _construct(node: yaml.Node) -> Any:
+def construct(node: yaml.Node) -> Any:
+    """The value of a node."""
     return yaml.load(yaml.serialize(node), Loader=_Loader)
+
+
+def _read_yaml(path: Path, problems: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    nodes, lines = entries(compose_mapping(path), path, problems)
+    return {name: construct(node) for name, node in nodes.items()}, lines
 
 
 def _yaml_fault(error: Exception) -> str:

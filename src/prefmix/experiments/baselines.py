@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +19,25 @@ from prefmix.data.comparisons import ComparisonTable
 from prefmix.data.tokenization import tokenize_rows
 from prefmix.evaluation.evaluator import evaluate
 from prefmix.evaluation.report import EvaluationReport
+from prefmix.experiments.arms import Arm, standard_arms
 from prefmix.experts.base_model import BaseModel
 from prefmix.experts.trunk_cache import TrunkStates
 from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.training.config import MixtureConfig
 from prefmix.training.setup import trunk_states
 from prefmix.training.trainer import MixtureTrainer
+
+__all__ = [
+    "Arm",
+    "FittedArm",
+    "Splits",
+    "TrainedArm",
+    "fit_arm",
+    "standard_arms",
+    "table_states",
+    "tokenize_splits",
+    "train_arm",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -43,40 +55,6 @@ CHOOSE_EPOCH = {
 KEEP_LAST = {"eval_strategy": "no", "save_strategy": "no"}
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One model to train.
-
-    Attributes:
-        name: in tables and folder names.
-        options: fields of `MixtureConfig` that make it what it is.
-        true_groups: evaluated with the row's true group instead of a posterior (the oracle).
-    """
-
-    name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    true_groups: bool = False
-
-
-def standard_arms(num_experts: int, num_groups: int | None) -> dict[str, Arm]:
-    """Single DPO, the mixture, the mixture from a random start, and per-group DPO where true groups exist.
-
-    Args:
-        num_experts: K of the mixtures.
-        num_groups: G, or None where rows name no group.
-    """
-    arms = [
-        Arm("single DPO", {"num_experts": 1, "init": "random"}),
-        Arm("mixture", {"num_experts": num_experts, "init": "probe"}),
-        Arm("mixture, random start", {"num_experts": num_experts, "init": "random"}),
-    ]
-    if num_groups is not None:
-        # Responsibilities stay at the true groups to the end: each expert is DPO on the rows of its group.
-        oracle = {"num_experts": num_groups, "init": "labels", "init_hold_epochs": 1e6}
-        arms.append(Arm("oracle", oracle, true_groups=True))
-    return {arm.name: arm for arm in arms}
-
-
 class Splits(NamedTuple):
     """Tables whose users and groups have the same indices.
 
@@ -84,11 +62,13 @@ class Splits(NamedTuple):
         train: what every arm trains on.
         validation: chooses the epoch; None: the last epoch is kept.
         test: what is reported.
+        new_users: comparisons of people whom training does not see, or None.
     """
 
     train: ComparisonTable
     validation: ComparisonTable | None
     test: ComparisonTable
+    new_users: ComparisonTable | None = None
 
 
 def tokenize_splits(
@@ -97,6 +77,7 @@ def tokenize_splits(
     test: Rows,
     base: BaseModel,
     *,
+    new_users: Rows | None = None,
     max_length: int | None = 1024,
 ) -> Splits:
     """Tokenizes rows with the user and group indices of the training rows."""
@@ -109,7 +90,8 @@ def tokenize_splits(
             rows, tokenizer, max_length=max_length, users=first.users, groups=first.groups, progress=False
         )
 
-    return Splits(first, None if validation is None else like_first(validation), like_first(test))
+    further = [None if rows is None else like_first(rows) for rows in (validation, new_users)]
+    return Splits(first, further[0], like_first(test), further[1])
 
 
 class TrainedArm(NamedTuple):
@@ -151,18 +133,66 @@ def train_arm(
         output_dir: folder of all runs; the arm gets a folder within.
         keep: keep the arm's folder.
     """
+    fitted = fit_arm(arm, splits, base, options, seed=seed, output_dir=output_dir, keep=keep)
+    states = table_states(splits.test, base, {**options, **arm.options})
+    report = evaluate(fitted.policy, splits.test, states=states, name=arm.name, true_groups=arm.true_groups, seed=seed)
+    return TrainedArm(fitted.policy, report, fitted.epoch, fitted.validation, fitted.folder)
+
+
+class FittedArm(NamedTuple):
+    """A trained model, before anything is reported of it.
+
+    Attributes:
+        policy: at the chosen epoch.
+        epoch: the epoch with the lowest validation log-loss; 0 without validation rows.
+        validation: log-loss on the validation rows after each epoch, nats.
+        folder: checkpoints, `metrics.jsonl` and `policy`, where they were kept.
+    """
+
+    policy: MixturePolicy
+    epoch: int
+    validation: list[float]
+    folder: Path
+
+
+def fit_arm(
+    arm: Arm,
+    splits: Splits,
+    base: BaseModel,
+    options: Mapping[str, Any],
+    *,
+    seed: int,
+    output_dir: str | Path,
+    keep: bool = False,
+    trainer_class: type[MixtureTrainer] = MixtureTrainer,
+    prepare: Callable[[MixtureTrainer], None] | None = None,
+) -> FittedArm:
+    """`train_arm` without the test rows.
+
+    Args:
+        arm: what to train.
+        splits: the tables; test rows are not read.
+        base: the base model.
+        options: fields of `MixtureConfig` for all arms; the arm's own fields win.
+        seed: of heads, order and starts.
+        output_dir: folder of all runs; the arm gets a folder within.
+        keep: keep the arm's folder.
+        trainer_class: a trainer of the same arguments.
+        prepare: called with the trainer before it trains.
+    """
     folder = Path(output_dir) / f"{arm.name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
     args = _config(folder, {"seed": seed, "latent": "user"} | dict(options) | dict(arm.options), splits)
-    trainer = MixtureTrainer(base, args, train_dataset=splits.train, eval_dataset=splits.validation)
+    trainer = trainer_class(base, args, train_dataset=splits.train, eval_dataset=splits.validation)
     trainer.remove_callback(PrinterCallback)
+    if prepare is not None:
+        prepare(trainer)
     trainer.train()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    policy, states = trainer.policy, trunk_states(splits.test, base, args)
-    report = evaluate(policy, splits.test, states=states, name=arm.name, true_groups=arm.true_groups, seed=seed)
+    policy = trainer.policy
     if not keep:
         shutil.rmtree(folder, ignore_errors=True)
     logger.info("%s, seed %d: validation log-loss %s", arm.name, seed, losses)
-    return TrainedArm(policy, report, int(np.argmin(losses)) + 1 if losses else 0, losses, folder)
+    return FittedArm(policy, int(np.argmin(losses)) + 1 if losses else 0, losses, folder)
 
 
 def table_states(table: ComparisonTable, base: BaseModel, options: Mapping[str, Any]) -> TrunkStates:

@@ -1,0 +1,94 @@
+"""`prefmix report RUN --data held_out.jsonl`: one HTML page that shows what a run learned, for people."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+from prefmix.cli.loading import load_policy, read_checked_rows, read_policy_config
+from prefmix.cli.output import note, stdout_is_for_results
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("policy", metavar="run", help="the output of a training, or the folder of a policy")
+    parser.add_argument("--data", help="held-out rows; without them the page has the log, the people and the cost")
+    parser.add_argument("--split", help="which split, where the data has several")
+    parser.add_argument("--output", default="report.html", help="where the page goes")
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        default=[],
+        help="other policies on the same rows, such as single DPO; NAME=FOLDER names",
+    )
+    parser.add_argument("--examples", type=int, default=4, help="prompts that are answered; 0: nothing is generated")
+    parser.add_argument("--max_new_tokens", type=int, default=48, help="of an answer")
+    parser.add_argument("--no_user_names", action="store_true", help="write numbers instead of users' names")
+    parser.add_argument("--no_probe", action="store_true", help="do not compare restarts of the probe (seconds)")
+    parser.add_argument("--base", help="the base model, where it has moved since training")
+    parser.add_argument("--device", help="cpu, cuda, mps; default: the best there is")
+    parser.add_argument("--cache_dir", help="folder of cached trunk states; default: the user's cache folder")
+    parser.add_argument("--seed", type=int, default=0, help="of answers, intervals and restarts")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the page and prints where it is."""
+    _check(args)
+    rows = None if args.data is None else read_checked_rows(args.data, args.split)
+    with stdout_is_for_results():
+        from prefmix.evaluation.cached_states import StateCache
+        from prefmix.experiments.report_page import report_html
+        from prefmix.experiments.run_report import ReportOptions, report_run
+
+        progress = sys.stderr.isatty()
+        options = ReportOptions(
+            examples=args.examples,
+            max_new_tokens=args.max_new_tokens,
+            names=not args.no_user_names,
+            probe=not args.no_probe,
+            seed=args.seed,
+            progress=progress,
+        )
+        data = report_run(
+            load_policy(args),
+            args.policy,
+            rows,
+            against={name: partial(_load, args, folder) for name, folder in map(_named, args.against)},
+            cache=StateCache("disk", args.cache_dir, progress=progress),
+            source=Path(args.data).name if args.data else "",
+            options=options,
+        )
+    page = report_html(data)
+    Path(args.output).write_text(page, encoding="utf-8")
+    note(f"wrote {len(page.encode()) / 1e6:.2f} MB; open it in a browser, it needs no network")
+    print(args.output)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.examples < 0:
+        raise ValueError(f"--examples {args.examples}: give 0 (nothing is generated) or a number of prompts")
+    if args.max_new_tokens < 1:
+        raise ValueError(
+            f"--max_new_tokens {args.max_new_tokens}: give at least 1, or --examples 0 to generate nothing"
+        )
+    if args.against and args.data is None:
+        raise ValueError("--against compares policies on held-out rows: name them with --data")
+    folder = Path(args.output).parent
+    if not folder.is_dir():
+        raise ValueError(f"--output {args.output}: {folder} is no folder; make it first")
+    read_policy_config(args)
+    for _, policy in map(_named, args.against):
+        read_policy_config(argparse.Namespace(policy=policy))
+
+
+def _named(text: str) -> tuple[str, str]:
+    """`NAME=FOLDER`, or a folder that is called by its own name."""
+    name, equals, folder = text.partition("=")
+    return (name, folder) if equals and not os.path.exists(text) else (Path(text).name, text)
+
+
+def _load(args: argparse.Namespace, folder: str):  # type: ignore[no-untyped-def]
+    return load_policy(argparse.Namespace(policy=folder, base=args.base, device=args.device))

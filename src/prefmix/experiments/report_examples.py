@@ -1,0 +1,166 @@
+"""Texts for a report: comparisons that experts disagree about, and answers of every expert and of the mixture.
+
+Legend: B rows, U users, K experts, C answers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from prefmix.data.comparisons import ComparisonTable, TextTable
+from prefmix.data.schema import check_rows
+from prefmix.evaluation.figures.experts import Divergence
+from prefmix.experiments.run_data import Dispute, Example
+from prefmix.policy.mixture_policy import MixturePolicy
+from prefmix.policy.preferences import PreferenceScores, candidate_scores
+from prefmix.policy.prompts import Prompt, prompt_token_ids
+from prefmix.policy.responses import Response
+from prefmix.policy.text_scores import text_log_probs
+
+if TYPE_CHECKING:
+    from prefmix.experiments.run_report import ReportOptions
+
+DISPUTES, MOST_LETTERS = 5, 600
+
+
+class Written(NamedTuple):
+    """What was generated.
+
+    Attributes:
+        examples: one for each prompt.
+        divergence: of each expert.
+    """
+
+    examples: list[Example]
+    divergence: list[Divergence]
+
+
+def find_disputes(
+    policy: MixturePolicy, table: ComparisonTable, scores: PreferenceScores, weights: np.ndarray, names: bool
+) -> list[Dispute]:
+    """The comparisons of which experts say the most different things, one a prompt and pair of texts.
+
+    Args:
+        policy: its tokenizer.
+        table: B comparisons.
+        scores: under every expert.
+        weights: [B, K] of the rows' users.
+        names: whether users' names are written.
+    """
+    probability = scores.log_prob.double().exp().numpy()
+    if probability.shape[1] == 1:
+        return []
+    found: list[Dispute] = []
+    seen: set[int] = set()
+    for row in np.argsort(probability.min(axis=1) - probability.max(axis=1), kind="stable"):
+        prompt, chosen, rejected = int(table.prompt[row]), int(table.chosen[row]), int(table.rejected[row])
+        if seen & {chosen, rejected}:
+            continue
+        seen |= {chosen, rejected}
+        user = table.users[table.user[row]] if names and table.user[row] >= 0 else ""
+        sides = [_text(policy, table.texts.completion_ids[i]) for i in (chosen, rejected)]
+        asked = _text(policy, table.texts.prompts[prompt])
+        found.append(Dispute(asked, *sides, user, probability[row].tolist(), weights[row].tolist()))
+        if len(found) == DISPUTES:
+            break
+    return found
+
+
+def write_examples(
+    policy: MixturePolicy, rows: Sequence[Mapping[str, Any]], weights: np.ndarray | None, options: ReportOptions
+) -> Written | None:
+    """Answers of every expert and of the mixture to a few prompts, drawn from the policy itself (temperature 1).
+
+    Args:
+        policy: what writes.
+        rows: prompts are drawn from them, evenly spaced among the distinct ones.
+        weights: [U, K] users, for whose favourite an answer is; None: there are none.
+        options: how many, how long.
+
+    Returns:
+        None where prompts are token ids.
+    """
+    prompts = _prompts(policy, rows, options.examples)
+    if prompts is None:
+        return None
+    num_experts, seed = policy.config.num_experts, options.seed
+    settings = {"max_new_tokens": options.max_new_tokens, "return_details": True}
+    examples, responses = [], [[] for _ in range(num_experts)]  # type: tuple[list[Example], list[list[Any]]]
+    total = len(prompts) * (num_experts + 1)
+    with tqdm(total=total, unit="answer", file=sys.stderr, disable=not options.progress, desc="writing") as bar:
+        for i, prompt in enumerate(prompts):
+            answers: list[Response] = []
+            for k in range(num_experts):
+                alone = [float(j == k) for j in range(num_experts)]
+                written = policy.generate(
+                    [prompt], weights=alone, num_return_sequences=options.samples, seed=seed + i, **settings
+                )
+                responses[k] += [(prompt, response) for response in written]
+                answers.append(written[0])
+                bar.update()
+            mixed = policy.generate(
+                [prompt], decoder="mixture", weights=policy.gate_weights(prompt).tolist(), seed=seed + i, **settings
+            )
+            answers += mixed if num_experts > 1 else []
+            bar.update()
+            examples.append(_example(policy, prompt, answers, weights))
+    return Written(examples, [_divergence(policy, k, found) for k, found in enumerate(responses)])
+
+
+def _prompts(policy: MixturePolicy, rows: Sequence[Mapping[str, Any]], count: int) -> list[Prompt] | None:
+    checked = check_rows(rows, keep_ties=policy.config.feedback_model.keeps_ties)
+    if checked.form == "tokenized":
+        return None
+    distinct: dict[str, Any] = {}
+    for row in checked.rows:
+        distinct.setdefault(repr(row.responses.prompt), row.responses.prompt)
+    found = [prompt for prompt in distinct.values() if prompt]
+    places = np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int)
+    return [found[i] for i in dict.fromkeys(places.tolist())]
+
+
+def _example(policy: MixturePolicy, prompt: Prompt, answers: Sequence[Response], weights: np.ndarray | None) -> Example:
+    """Who prefers which: each expert's score of every answer, and the share of users who would put it first."""
+    num_experts, texts = policy.config.num_experts, _texts(policy, [(prompt, a) for a in answers])
+    log_probs = text_log_probs(policy.model.experts, texts)
+    one_hot = torch.full((num_experts, num_experts), -torch.inf, dtype=torch.float64).fill_diagonal_(0.0)
+    score = np.stack([candidate_scores(log_probs, texts, row, policy.config).numpy() for row in one_hot])
+    people: list[float] = []
+    # A user's score is the mean of the experts' by the user's weights where likelihoods of experts are mixed.
+    if weights is not None and policy.config.feedback_model.likelihood == "mbt":
+        first = (weights @ score).argmax(axis=1)
+        people = (np.bincount(first, minlength=len(answers)) / len(first)).tolist()
+    writers = [f"expert {k}" for k in range(num_experts)] + ["the mixture"] * (len(answers) - num_experts)
+    shown = prompt if isinstance(prompt, str) else "\n".join(f"{m.get('role')}: {m.get('content')}" for m in prompt)
+    return Example(clip(shown), writers, [clip(a.text) for a in answers], score.tolist(), people)
+
+
+def _divergence(policy: MixturePolicy, expert: int, written: Sequence[tuple[Prompt, Response]]) -> Divergence:
+    """Mean of log pi_k(y) - log pi_ref(y) over responses y that expert k drew."""
+    log_probs = text_log_probs(policy.model.experts, _texts(policy, written))
+    ratio = (log_probs.log_probs - log_probs.ref_log_probs)[:, expert].double().numpy()
+    error = float(ratio.std(ddof=1) / np.sqrt(len(ratio))) if len(ratio) > 1 else float("nan")
+    tokens = float(np.mean([len(response.token_ids) for _, response in written]))
+    return Divergence(float(ratio.mean()), error, len(ratio), tokens)
+
+
+def _texts(policy: MixturePolicy, written: Sequence[tuple[Prompt, Response]]) -> TextTable:
+    """The very tokens that were drawn, as texts to score."""
+    prompts = [prompt_token_ids(prompt, policy.tokenizer) for prompt, _ in written]
+    return TextTable(prompts, [response.token_ids for _, response in written], np.arange(len(written)), prompts)
+
+
+def _text(policy: MixturePolicy, token_ids: Sequence[int]) -> str:
+    return clip(str(policy.tokenizer.decode(list(token_ids), skip_special_tokens=True)))
+
+
+def clip(text: str) -> str:
+    """At most `MOST_LETTERS`; a report is no place for whole documents."""
+    text = text.strip()
+    return text if len(text) <= MOST_LETTERS else text[: MOST_LETTERS - 1].rstrip() + "…"

@@ -1,0 +1,233 @@
+"""`report_run`: from a trained run and held-out rows to what its page shows; every text is read once.
+
+Legend: B rows, P prompts, U users, K experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from prefmix.data.schema import check_rows
+from prefmix.evaluation.cached_states import StateCache
+from prefmix.evaluation.evaluator import ScoredTable, evaluate, score_table
+from prefmix.evaluation.figures.experts import ExpertRows
+from prefmix.evaluation.intervals import paired_difference
+from prefmix.evaluation.metrics import hits
+from prefmix.evaluation.report import EvaluationReport
+from prefmix.evaluation.weights import known_user_log_weights, personalises
+from prefmix.experiments.diagnose import diagnose_policy
+from prefmix.experiments.diagnose_experts import ScoredRows
+from prefmix.experiments.diagnose_rows import row_columns
+from prefmix.experiments.report_examples import find_disputes, write_examples
+from prefmix.experiments.report_gate import gate_views
+from prefmix.experiments.run_data import People, RunData, cost_of, facts_of, read_log
+from prefmix.experts.interface import ExpertLogProbs
+from prefmix.policy.mixture_policy import MixturePolicy
+from prefmix.policy.preferences import PreferenceScores, preference_scores
+from prefmix.policy.user_weights import UserWeights
+
+Rows = Sequence[Mapping[str, Any]]
+NO_DATA = "no held-out rows were given; give some with --data"
+
+
+class ReportOptions(NamedTuple):
+    """What goes into a report.
+
+    Attributes:
+        examples: prompts to write answers to; 0: nothing is generated.
+        max_new_tokens: of an answer.
+        samples: responses of each expert to each of these prompts that its distance from the reference is taken from.
+        names: whether users' names are written.
+        probe: whether restarts of the probe are compared (heads with cached states only).
+        seed: of samples, bootstrap and restarts.
+        progress: whether bars are drawn on stderr.
+    """
+
+    examples: int = 4
+    max_new_tokens: int = 48
+    samples: int = 4
+    names: bool = True
+    probe: bool = True
+    seed: int = 0
+    progress: bool = False
+
+
+def report_run(
+    policy: MixturePolicy,
+    run: str | Path,
+    rows: Rows | None = None,
+    *,
+    against: Mapping[str, Callable[[], MixturePolicy]] | None = None,
+    cache: StateCache | None = None,
+    source: str = "",
+    options: ReportOptions | None = None,
+) -> RunData:
+    """Gathers what the page of a run shows.
+
+    Args:
+        policy: the run's policy.
+        run: the run's folder, where `metrics.jsonl` is; a policy folder has none.
+        rows: held-out rows; None: what needs them is left out and says so.
+        against: name -> how to load another policy that is evaluated on the same rows, such as single DPO.
+        cache: where trunk states are found and kept; None: every text is read anew.
+        source: what the rows are called.
+        options: what goes in; None: the defaults.
+
+    Raises:
+        ValueError: no comparison is left in `rows`.
+    """
+    options = ReportOptions() if options is None else options
+    folder, absent = _run_folder(Path(run)), {}
+    log = read_log(folder)
+    if not log:
+        absent["training"] = f"there is no metrics.jsonl in {folder.name}; give the folder that training wrote"
+    parts: dict[str, Any] = {"log": log, "cost": cost_of(policy, folder)}
+    scored = None if rows is None else score_table(policy, rows, cache=cache)
+    parts["people"] = _people(policy, scored, options.names, absent)
+    if scored is None or rows is None:
+        absent |= dict.fromkeys(("quality", "gate", "experts", "examples", "diagnosis"), NO_DATA)
+    else:
+        parts |= _on_rows(policy, rows, scored, parts["people"], cache, options, absent)
+        parts |= _compared(parts["evaluation"], rows, against or {}, cache, options, absent)
+    num = policy.config.num_experts
+    return RunData(folder.name, facts_of(policy), num, absent=absent, source=source, **parts)
+
+
+def _run_folder(run: Path) -> Path:
+    run = run.absolute()
+    return run.parent if run.name == "policy" and (run.parent / "metrics.jsonl").is_file() else run
+
+
+def _on_rows(
+    policy: MixturePolicy,
+    rows: Rows,
+    scored: ScoredTable,
+    people: People | None,
+    cache: StateCache | None,
+    options: ReportOptions,
+    absent: dict[str, str],
+) -> dict[str, Any]:
+    """Everything that held-out rows tell."""
+    config, table = policy.config, scored.table
+    evaluation = evaluate(policy, scored, name="this run", cache=cache, seed=options.seed)
+    gate, latent = policy.model.gate, config.latent
+    log_weights = known_user_log_weights(gate, latent, policy.users, scored.gate_log_weights, scored.known_user)
+    weights = log_weights.exp().numpy()
+    scores = preference_scores(_all_texts(scored), table, config)
+    experts = _expert_rows(scored, scores, weights)
+    parts: dict[str, Any] = {"evaluation": evaluation, "experts": experts}
+    probed = cache if options.probe else None
+    known = _scored_rows(policy, rows, scored, scores, weights)
+    parts["diagnosis"] = diagnose_policy(policy, rows, "the run", cache=probed, seed=options.seed, scored=known)
+    parts["gate"] = gate_views(policy, scored, weights)
+    if config.num_experts == 1:
+        absent["gate"] = "one expert: there is nothing to choose"
+    elif not parts["gate"]:
+        terms = " + ".join(gate.terms)
+        absent["gate"] = f"the gate reads {terms}, and rows bring neither prompts that it reads nor metadata"
+    parts["disputes"] = find_disputes(policy, table, scores, weights, options.names)
+    if not options.examples:
+        absent["answers"] = "no answers were generated (--examples 0)"
+        return parts
+    written = write_examples(policy, rows, None if people is None else people.weights, options)
+    if written is None:
+        absent["answers"] = "prompts are token ids, so no answers were generated"
+        return parts
+    return parts | {"examples": written.examples, "divergence": written.divergence}
+
+
+def _all_texts(scored: ScoredTable) -> ExpertLogProbs:
+    """Log-probabilities at their place among all texts of the table; nan where no row names one."""
+    used, found = scored.texts
+    full = [torch.full((len(scored.table.texts), found.log_probs.shape[1]), torch.nan) for _ in range(2)]
+    for target, values in zip(full, found, strict=True):
+        target[torch.from_numpy(used)] = values
+    return ExpertLogProbs(*full)
+
+
+def _expert_rows(scored: ScoredTable, scores: PreferenceScores, weights: np.ndarray) -> ExpertRows:
+    table, log_probs = scored.table, _all_texts(scored)
+    tokens = np.array([len(ids) for ids in table.texts.completion_ids], dtype=np.float64)
+    shift = (log_probs.log_probs.double() - log_probs.ref_log_probs.double()).numpy() / tokens[:, None]
+    length = np.log(tokens[table.chosen]) - np.log(tokens[table.rejected])
+    rewards = scores.rewards_chosen.double().numpy(), scores.rewards_rejected.double().numpy()
+    return ExpertRows(*rewards, shift[table.chosen], shift[table.rejected], weights, length, table.user)
+
+
+def _scored_rows(
+    policy: MixturePolicy, rows: Rows, scored: ScoredTable, scores: PreferenceScores, weights: np.ndarray
+) -> ScoredRows:
+    """As `diagnose.scored_rows`, from texts that have been read."""
+    checked = check_rows(rows, keep_ties=policy.config.feedback_model.keeps_ties).rows
+    position = {row.source_row: row for row in checked}
+    columns = row_columns([position[row] for row in scored.table.source_row.tolist()])
+    length = np.log(np.maximum(columns.length, 1))
+    return ScoredRows(
+        scores.rewards_chosen.double().numpy(),
+        scores.rewards_rejected.double().numpy(),
+        scores.log_prob.double().exp().numpy(),
+        weights,
+        columns.user,
+        length[columns.chosen] - length[columns.rejected],
+    )
+
+
+def _people(policy: MixturePolicy, scored: ScoredTable | None, names: bool, absent: dict[str, str]) -> People | None:
+    """The users that the policy knows, with weights for an average prompt."""
+    users, config = policy.users, policy.config
+    if config.num_experts == 1:
+        absent["people"] = "one expert: everybody is with it"
+        return None
+    if not personalises(config.latent, policy.model.gate):
+        absent["people"] = "experts belong to comparisons here (latent: pair), not to users"
+        return None
+    if not len(users):
+        absent["people"] = "the policy knows no users: rows named none, or user state was left out"
+        return None
+    metadata: list[Mapping[str, Any] | None] = [None] * len(users)
+    groups: list[str | None] = [None] * len(users)
+    if scored is not None:
+        for row in np.unique(scored.known_user, return_index=True)[1]:
+            user, group = int(scored.known_user[row]), int(scored.table.group[row])
+            if user >= 0:
+                metadata[user] = scored.table.metadata[row]
+                groups[user] = scored.table.groups[group] if group >= 0 else None
+    weights = UserWeights(policy.model, config.latent, users, policy.metadata_encoder)
+    found = weights.posterior(None, list(users.names), metadata).exp().double().numpy()
+    known = groups if any(group is not None for group in groups) else []
+    return People(found, list(users.names) if names else [], known)
+
+
+def _compared(
+    evaluation: EvaluationReport,
+    rows: Rows,
+    against: Mapping[str, Callable[[], MixturePolicy]],
+    cache: StateCache | None,
+    options: ReportOptions,
+    absent: dict[str, str],
+) -> dict[str, Any]:
+    """Other policies on the same rows, and paired differences in accuracy from them and from less of our own."""
+    found, logits = {}, {}
+    if evaluation.personalised is not None:
+        logits["the gate alone"] = evaluation.predictions["population"].logit
+    logits["the untrained reference"] = evaluation.predictions["reference"].logit
+    mine = evaluation.predictions["personalised"].logit
+    for name, load in against.items():
+        found[name] = evaluate(load(), rows, name=name, cache=cache, seed=options.seed, new_user_context=())
+        theirs = found[name].predictions["personalised"].logit
+        if len(theirs) == len(mine):
+            logits[name] = theirs
+        else:
+            absent[f"against {name}"] = (
+                f"{name} leaves other rows out (max_length, ties), so no paired difference is taken"
+            )
+    gains = {
+        name: paired_difference(hits(mine), hits(theirs), evaluation.user, seed=options.seed)
+        for name, theirs in logits.items()
+    }
+    return {"against": found, "gains": gains}
