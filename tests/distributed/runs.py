@@ -41,6 +41,14 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "latent": "pair", "gate": ["global", "user", "metadata"], "init": "kmeans", "init_hold_epochs": 0.0,
         "save_steps": 4, "group_texts": True, "cache_states": "off", "label_noise": 0.05,
     },
+    "membership": {  # with error rates of annotators, an E-step of their own too
+        "latent": "membership", "init": "random", "init_hold_epochs": 0.5, "save_steps": 4, "membership_samples": 4,
+        "label_noise_update": "per_annotator",
+    },
+    "amortized": {
+        "latent": "user", "init": "random", "init_hold_epochs": 0.5, "save_steps": 4, "estep": "amortized",
+        "adaptive_beta": 0.6,
+    },
     "fsdp": {
         "latent": "user", "init": "random", "init_hold_epochs": 0.5, "save_steps": 2, "cache_states": "off",
         "gate_update": "gradient", "sharding": "fsdp2",

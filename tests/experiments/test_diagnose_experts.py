@@ -7,6 +7,7 @@ import pytest
 
 from prefmix.experiments.diagnose_experts import (
     ScoredRows,
+    annotators,
     calibration,
     collapse,
     diagnose_scored,
@@ -140,3 +141,12 @@ def test_restarts_that_find_other_groups_each_time() -> None:
     same[1] = 1 - same[1]
     assert restart_agreement(same, [-1.0, -1.0, -1.0, -9.0, -9.0, -9.0]).level == "fine"
     assert restart_agreement(labels[:1], [0.0]).level == "note"
+
+
+def test_annotators_at_random_are_counted_and_a_few_are_fine() -> None:
+    rates = np.array([0.02, 0.05, np.nan, 0.45, 0.5])
+    found = annotators(rates)
+    assert found.level == "note" and found.how_much["nearly_random"] == pytest.approx(0.5)
+    assert found.how_much["annotators"] == 4 and "50% of 4 annotators" in found.what
+    assert annotators(np.array([0.3] * 19 + [0.45])).level == "fine"
+    assert annotators(np.array([np.nan])).level == "fine"

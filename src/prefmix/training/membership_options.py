@@ -77,17 +77,19 @@ def _own_problems(values: Mapping[str, Any], defaults: MembershipOptions) -> lis
 
 
 def _foreign_problems(values: Mapping[str, Any]) -> list[str]:
-    """One process and exact responsibilities: what continuous groups do not go together with."""
+    """What continuous groups do not go together with."""
     problems = []
     for name, fitting, remedy in (
         ("estep", "exact", "responsibilities are the mean over q(z); use estep='exact'"),
-        ("expert_parallel", False, "q(z) is kept in one process; use expert_parallel=false"),
-        ("sharding", "none", "q(z) is kept in one process; use sharding='none'"),
+        ("expert_parallel", False, "q(z) is shared over plain DDP alone; use expert_parallel=false"),
+        ("sharding", "none", "q(z) is shared over plain DDP alone; use sharding='none'"),
     ):
         if values[name] != fitting:
             problems.append(f"{name}={values[name]!r} with latent='membership': {remedy}")
-    if (values["num_processes"] or 1) > 1:
-        problems.append("num_processes with latent='membership': q(z) is kept in one process; start one")
+    if (values["num_processes"] or 1) > 1 and values["membership_estep"] == "encoder":
+        problems.append(
+            "num_processes with membership_estep='encoder': processes share fitted users alone; use 'per_user', or one"
+        )
     if values["gate_update"] == "fixed":
         problems.append("gate_update='fixed' with latent='membership': its gate learns by gradient; leave it out")
     if "user" in values["gate"]:

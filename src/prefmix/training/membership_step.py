@@ -28,6 +28,7 @@ from prefmix.mixture.membership_network import MembershipNetwork, rows_as
 from prefmix.mixture.user_encoder import encode, train_encoder
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.policy.user_state import UserState
+from prefmix.training.processes import gathered, share_tensors
 from prefmix.training.setup import Comparisons
 
 if TYPE_CHECKING:
@@ -40,10 +41,10 @@ FIRST_LESSONS = 300
 
 
 class BatchUsers(NamedTuple):
-    """The M users of a batch.
+    """The M users of a batch, that of all processes together.
 
     Attributes:
-        position: [B] which of them each row of the batch belongs to.
+        position: [B] which of them each row of this process's batch belongs to; 0 for copies that fill a batch.
         q: of each, with gradient where an encoder gives it.
         kl: [M] KL(q || N(0, I)), nats, free bits applied.
     """
@@ -69,9 +70,12 @@ def teach_encoder_first(trainer: MixtureTrainer, network: MembershipNetwork) -> 
     )  # fmt: skip
 
 
-def batch_users(trainer: MixtureTrainer, network: MembershipNetwork, group: Int[Tensor, "B"]) -> BatchUsers:
-    """The users of a batch, their q(z) brought up to date."""
-    touched, position = torch.unique(group, return_inverse=True)
+def batch_users(trainer: MixtureTrainer, network: MembershipNetwork, inputs: dict[str, Tensor]) -> BatchUsers:
+    """The users of a batch, their q(z) brought up to date, on every process alike."""
+    row, everywhere = gathered(trainer.readers, inputs["row"], inputs["group"])
+    touched = torch.unique(everywhere[row >= 0])  # a copy of a row says nothing new of its user
+    position = torch.searchsorted(touched, inputs["group"])
+    position = torch.where(inputs["row"] >= 0, position, 0)
     rows = _rows_of_users(trainer, touched)
     state = trainer.em.q
     assert state is not None, "latent='membership' keeps q"
@@ -83,7 +87,9 @@ def batch_users(trainer: MixtureTrainer, network: MembershipNetwork, group: Int[
     else:
         q = encode(network.encoder, rows, rows.score)
         kl = free_bits(kl_to_prior(q), trainer.args.free_bits)
-    state.mean[touched], state.log_std[touched] = q.mean.detach(), q.log_std.detach()
+    kept = [q.mean.detach().clone(), q.log_std.detach().clone()]
+    share_tensors(trainer.accelerator, kept)  # rounding on another machine must not part the processes
+    state.mean[touched], state.log_std[touched] = kept
     return BatchUsers(position, q, kl.sum(dim=-1))
 
 
@@ -119,29 +125,39 @@ def kl_factor_now(trainer: MixtureTrainer) -> float:
     return kl_factor(trainer.state.global_step / max(trainer.state.max_steps, 1), trainer.args.kl_annealing)
 
 
-def mean_by_user(resp: Float[Tensor, "B K"], weight: Float[Tensor, "B"], users: BatchUsers) -> Float[Tensor, "B K"]:
-    """Log of each user's mean responsibilities over their rows of the batch, one line for each row."""
+def remember_users(trainer: MixtureTrainer, inputs: dict[str, Tensor], resp: Float[Tensor, "B K"]) -> None:
+    """Keeps each user's mean responsibilities over their rows in the batch of all processes."""
+    parts = (inputs["row"], inputs["group"], inputs["weight"], resp)
+    row, group, weight, resp = gathered(trainer.readers, *parts)
+    real = row >= 0
+    group, position = torch.unique(group[real], return_inverse=True)
+    trainer.em.remember(group, mean_by_user(resp[real], weight[real], position, len(group)))
+
+
+def mean_by_user(
+    resp: Float[Tensor, "B K"], weight: Float[Tensor, "B"], position: Int[Tensor, "B"], num: int
+) -> Float[Tensor, "M K"]:
+    """Log of each user's mean responsibilities over their rows of the batch."""
     weight = weight.unsqueeze(1)
     sums, total = (
-        value.new_zeros(len(users.kl), value.shape[1]).index_add_(0, users.position, value)
-        for value in (weight * resp, weight)
+        value.new_zeros(num, value.shape[1]).index_add_(0, position, value) for value in (weight * resp, weight)
     )
-    return (sums / total)[users.position].log()
+    return (sums / total).log()
 
 
 def first_q(trainer: MixtureTrainer) -> GaussianQ | None:
     """The prior for every group, where q starts; None under the discrete latents.
 
     Raises:
-        ValueError: several processes.
+        ValueError: several processes, and not `per_user` over DDP.
     """
     network = trainer.mixture.gate.membership
     if network is None:
         return None
-    if trainer.args.world_size > 1:
+    if trainer.args.world_size > 1 and (network.encoder is not None or trainer.args.deepspeed_plugin is not None):
         raise ValueError(
-            f"latent='membership' with {trainer.args.world_size} processes: q(z) is kept in one; start one process, or "
-            "use latent='user'"
+            f"latent='membership' with {trainer.args.world_size} processes: they share fitted users over plain DDP "
+            "alone; use membership_estep='per_user' without DeepSpeed, or start one process"
         )
     zeros = torch.zeros(len(trainer.em.initial), network.dim, device=trainer.args.device)
     return GaussianQ(zeros, zeros.clone())

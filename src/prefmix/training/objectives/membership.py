@@ -23,7 +23,7 @@ from prefmix.mixture.membership import (
     standard_draws,
 )
 from prefmix.policy.mixture_model import MixtureOutput
-from prefmix.training.membership_step import batch_users, kl_factor_now, mean_by_user, teach_encoder_first
+from prefmix.training.membership_step import batch_users, kl_factor_now, remember_users, teach_encoder_first
 from prefmix.training.objective import Likelihoods
 from prefmix.training.objectives.discrete import DiscreteObjective
 from prefmix.training.objectives.interface import BatchBound
@@ -37,11 +37,11 @@ class MembershipObjective(DiscreteObjective):
         if self.is_held:
             return super().bound(model, inputs, output, lik)
         trainer, weight = self.trainer, inputs["weight"]
-        trainer.em.evidence.update(inputs["row"], lik.log_lik)
+        self._evidence(inputs["row"], lik.log_lik)
         network = trainer.mixture.gate.membership
         assert network is not None, "latent='membership' builds a gate with a loading"
         teach_encoder_first(trainer, network)
-        users = batch_users(trainer, network, inputs["group"])
+        users = batch_users(trainer, network, inputs)
         seed = trainer.state.global_step
         noise = standard_draws(trainer.args.membership_samples, network.dim, seed=seed).to(users.q.mean)
         z_SMd = sample_z(users.q, noise.unsqueeze(1))
@@ -57,6 +57,6 @@ class MembershipObjective(DiscreteObjective):
         group_weight = trainer.em.group_weight[inputs["group"]]
         rows = membership_elbo_rows(row_log_lik, users.kl[users.position], weight, group_weight, kl_factor_now(trainer))
         bound = with_gradient_of(rows.elbo, taught.log_lik, taught.coefficient, weight)
-        trainer.em.remember(inputs["group"], mean_by_user(q.resp, weight, users))
+        remember_users(trainer, inputs, q.resp)
         # `mixture/evidence` is then the predictive log-likelihood of the rows: E_q of the weights, and groups of one.
         return BatchBound(bound, rows, q, lik.log_lik.detach(), mean_weights, torch.ones_like(weight))
