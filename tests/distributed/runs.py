@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prefmix.experts.spread_experts import SpreadExperts
+from prefmix.training import membership_step
 from prefmix.training.config import MixtureConfig
 from prefmix.training.sharding import load_whole, own_part, whole, whole_tensor
 from prefmix.training.trainer import MixtureTrainer
@@ -147,6 +148,8 @@ def make_trainer(run_dir: Path, num_processes: int, **fields: Any) -> MixtureTra
     }  # fmt: skip
     named = {"expert_models": [folders[name] for name in fields.get("expert_models", [])]}
     args = MixtureConfig(str(run_dir), **(defaults | fields | named))
+    # Fits of q go on until rounding stops them: where they stop earlier is a matter of rounding too.
+    membership_step.STEP_FITS, membership_step.STEP_TOLERANCE = 100, 1e-6
     torch.manual_seed(0)
     trainer = MixtureTrainer(folders["base"], args, train_dataset=rows(), eval_dataset=rows()[:7])
     if named["expert_models"]:

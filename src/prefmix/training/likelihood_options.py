@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from prefmix.mixture.likelihoods.model import PER_TOKEN, PROPER, FeedbackModel, Likelihood, LossType, Ties
-from prefmix.training.noise_options import first_noise
+from prefmix.training.noise_options import NoiseOptions, first_noise, noise_problems
 
 SMOOTHED: tuple[LossType, ...] = ("sigmoid", "sigmoid_norm", "robust", "simpo")
 
 
 @dataclass
-class LikelihoodOptions:
+class LikelihoodOptions(NoiseOptions):
     """How a row's feedback becomes a log-likelihood under each expert (docs/theory.md has the equations)."""
 
     loss_type: LossType = field(
@@ -105,7 +105,13 @@ def likelihood_problems(values: Mapping[str, Any]) -> list[str]:
         problems.append(f"token_dropout with loss_type={loss!r}: tokens left out would change its mean; use 0")
     if values["dr_dpo_beta"] is not None and values["latent"] == "membership":
         problems.append("dr_dpo_beta with latent='membership': its bound is one of users, not rows; leave it out")
-    return problems + _tie_problems(values) + _marginal_problems(values) + _adaptive_problems(values)
+    return (
+        problems
+        + _tie_problems(values)
+        + _marginal_problems(values)
+        + _adaptive_problems(values)
+        + noise_problems(values)
+    )
 
 
 def _adaptive_problems(values: Mapping[str, Any]) -> list[str]:

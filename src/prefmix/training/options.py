@@ -15,7 +15,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from prefmix.training.expert_options import QuantizationOptions, ReadingOptions, expert_problems
 from prefmix.training.likelihood_options import LikelihoodOptions, likelihood_problems
 from prefmix.training.membership_options import MembershipOptions, membership_problems
-from prefmix.training.noise_options import NoiseOptions, noise_problems
 
 Latent = Literal["auto", "pair", "user", "membership"]
 GateTerm = Literal["global", "prompt", "user", "metadata"]
@@ -34,7 +33,7 @@ def _field(default, help_text: str):  # type: ignore[no-untyped-def]
 
 
 @dataclass
-class MixtureOptions(ReadingOptions, QuantizationOptions, MembershipOptions, LikelihoodOptions, NoiseOptions):
+class MixtureOptions(ReadingOptions, QuantizationOptions, MembershipOptions, LikelihoodOptions):
     """What is specific to mixtures of expert policies (method.md has the symbols)."""
 
     # --- model -------------------------------------------------------------------------------------------------------
@@ -358,7 +357,7 @@ def _range_problems(values: Mapping[str, Any]) -> list[str]:
 def _combination_problems(values: Mapping[str, Any]) -> list[str]:
     beta, gate, estep = values["beta"], list(values["gate"]), values["estep"]
     problems = [*gate_problems(gate, values["latent"]), *branch_problems(values), *expert_problems(values)]
-    problems += membership_problems(values) + likelihood_problems(values) + noise_problems(values)
+    problems += membership_problems(values) + likelihood_problems(values)
     if isinstance(beta, list | tuple) and len(beta) != values["num_experts"]:
         problems.append(
             f"beta={beta!r}: {len(beta)} values for num_experts={values['num_experts']}; give one each, or one"

@@ -87,6 +87,16 @@ def text_rewards(
     return mean_token_rewards(log_probs, ref_log_probs, num_tokens, beta)
 
 
+def _side_log_lik(
+    margins: Float[Tensor, "B K"], beta: Float[Tensor, "K"], model: FeedbackModel, noise: Float[Tensor, "B"] | None
+) -> Float[Tensor, "B K"]:
+    """Of winning, at learnt rates of whoever judged where there are any."""
+    if noise is None:
+        return _pair_log_lik(margins, beta, model)
+    assert model.loss_type in ("sigmoid", "sigmoid_norm"), "rates are learnt under these alone"
+    return noisy_log_lik(margins, noise)
+
+
 def pair_outcomes(
     margins: Float[Tensor, "B K"],
     beta: Float[Tensor, "K"],
@@ -103,16 +113,11 @@ def pair_outcomes(
     """
     if model.keeps_ties:
         return TIES[model.ties](margins, model.tie_strength)
-    win, loss = _pair_log_lik(margins, beta, model, noise), _pair_log_lik(-margins, beta, model, noise)
+    win, loss = (_side_log_lik(side, beta, model, noise) for side in (margins, -margins))
     return Outcomes(win, torch.full_like(win, -torch.inf), loss)
 
 
-def _pair_log_lik(
-    margins: Float[Tensor, "B K"], beta: Float[Tensor, "K"], model: FeedbackModel, noise: Float[Tensor, "B"] | None
-) -> Tensor:
-    if noise is not None:
-        assert model.loss_type in ("sigmoid", "sigmoid_norm"), "rates are learnt under these alone"
-        return noisy_log_lik(margins, noise)
+def _pair_log_lik(margins: Float[Tensor, "B K"], beta: Float[Tensor, "K"], model: FeedbackModel) -> Tensor:
     if model.loss_type == "hinge":
         return hinge_log_lik(margins)
     if model.loss_type == "ipo":
@@ -161,7 +166,7 @@ def _row_log_lik(
 ) -> Float[Tensor, "B K"]:
     smoothing = 0.0 if model.loss_type == "robust" else model.label_smoothing
     if rows.label is None and not smoothing and not model.keeps_ties:
-        log_lik = _pair_log_lik(margins, beta, model, rows.noise)
+        log_lik = _side_log_lik(margins, beta, model, rows.noise)
     else:
         outcomes = pair_outcomes(margins, beta, model, rows.noise)
         label = margins.new_ones(len(margins)) if rows.label is None else rows.label.to(margins.dtype)
