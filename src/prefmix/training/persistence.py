@@ -14,7 +14,7 @@ import shutil
 from abc import ABC, abstractmethod
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,6 +23,7 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from prefmix.data.collator import ComparisonDataset
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.training import checkpoint as store
@@ -148,7 +149,10 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the policy folder atomically; null: `output_dir/policy`. All processes must call."""
-        log_lik = self.refresh_evidence() if self.placement.joint or self.args.should_save else torch.empty(0)
+        writes = self.placement.joint or self.args.should_save
+        # What training rows say is kept by user; without users nobody would read it.
+        known = writes and len(cast(ComparisonDataset, self.train_dataset).table.users) > 0
+        log_lik = self.refresh_evidence() if known else torch.empty(0, self.args.num_experts)
         self.placement.save_policy(lambda: self.policy_of(log_lik), Path(output_dir or self.run_dir / POLICY))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
