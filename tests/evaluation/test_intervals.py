@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from prefmix.evaluation.intervals import cluster_bootstrap, paired_difference
+from prefmix.evaluation.intervals import Draw, cluster_bootstrap, nested_bootstrap, paired_difference
 
 
 def test_independent_rows_give_the_textbook_standard_error() -> None:
@@ -46,3 +47,20 @@ def test_one_person_has_no_interval() -> None:
     estimate = cluster_bootstrap([1.0, 0.0], [3, 3])
     assert estimate.mean == 0.5 and math.isnan(estimate.se)
     assert cluster_bootstrap([], []).num_rows == 0
+
+
+def test_nested_bootstrap_has_the_variance_of_both_levels() -> None:
+    rng = np.random.default_rng(3)
+    groups = [rng.normal(loc=rng.normal(), size=50) for _ in range(30)]
+
+    def mean(draws: Sequence[Draw]) -> list[float]:
+        values = [float(groups[draw.group][draw.members].mean()) for draw in draws]
+        return [float(np.mean(values)), 7.0]
+
+    moving, fixed = nested_bootstrap(mean, [50] * 30, num_resamples=400)
+    means = np.array([group.mean() for group in groups])
+    assert moving.value == pytest.approx(means.mean())
+    # Var = Var(group means) / 30 + Var(members) / 50 / 30; the first already holds the second once.
+    se = (means.var(ddof=1) / 30 + 1 / 1500) ** 0.5
+    assert moving.high - moving.low == pytest.approx(2 * 1.96 * se, rel=0.2)
+    assert fixed == (7, 7, 7)

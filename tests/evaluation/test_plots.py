@@ -64,3 +64,10 @@ def test_text_map_shows_everyone_once_with_the_glyph_of_the_true_group() -> None
     text = group_map_text(RESP, [1, 0, 0, 1], width=3)
     assert [line.split()[-1] for line in text.splitlines()] == [GLYPHS[0] * 2, GLYPHS[1] * 2]
     assert sum(group_map_text(RESP).count(glyph) for glyph in GLYPHS) == 4
+
+
+def test_linear_axis_takes_positions_of_any_sign_and_places_them_evenly() -> None:
+    points = [ScatterPoint("a", "", x, 0.0, 0.0, 0.0) for x in (-1.0, 0.0, 1.0)]
+    svg = ElementTree.fromstring(scatter_svg("t", "x", "y", points, logarithmic=False))
+    xs = [float(c.get("cx", "nan")) for c in svg.iter() if c.tag.endswith("circle")]
+    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.11) and xs[1] > xs[0]

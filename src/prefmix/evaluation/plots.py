@@ -124,26 +124,30 @@ class ScatterPoint(NamedTuple):
     high: float
 
 
-def scatter_svg(title: str, x_label: str, y_label: str, points: Sequence[ScatterPoint]) -> str:
-    """Points with bars over a logarithmic axis, for what costs from seconds to hours.
+def scatter_svg(
+    title: str, x_label: str, y_label: str, points: Sequence[ScatterPoint], *, logarithmic: bool = True
+) -> str:
+    """Points with bars, by default over a logarithmic axis, for what costs from seconds to hours.
 
     Args:
         title: heading.
         x_label: label of the horizontal axis, with unit.
         y_label: label of the vertical axis, with unit.
         points: at least one.
+        logarithmic: of the horizontal axis; then positions must be positive.
 
     Returns:
         A self-contained SVG document.
     """
     left, top, width, height = 70, 60, 560, 340
-    x_low, x_high = min(point.x for point in points) / 1.3, max(point.x for point in points) * 1.3
+    place = np.log if logarithmic else np.asarray
+    x_low, x_high, x_ticks = _horizontal([point.x for point in points], logarithmic)
     y_low, y_high = min(point.low for point in points), max(point.high for point in points)
     pad = 0.05 * (y_high - y_low) or 0.01
     y_low, y_high = y_low - pad, y_high + pad
 
     def x_of(x: float) -> float:
-        return left + width * float(np.log(x / x_low) / np.log(x_high / x_low))
+        return left + width * float((place(x) - place(x_low)) / (place(x_high) - place(x_low)))
 
     def y_of(y: float) -> float:
         return top + height * (y_high - y) / (y_high - y_low)
@@ -152,9 +156,9 @@ def scatter_svg(title: str, x_label: str, y_label: str, points: Sequence[Scatter
     for tick in np.linspace(y_low, y_high, 6):
         parts += [_line(left, y_of(tick), left + width, y_of(tick), "#ddd")]
         parts += [_text(left - 8, y_of(tick) + 4, f"{tick:.3f}", anchor="end")]
-    for tick in _log_ticks(x_low, x_high):
+    for tick in x_ticks:
         parts += [_line(x_of(tick), top, x_of(tick), top + height, "#eee")]
-        parts += [_text(x_of(tick), top + height + 18, f"{tick:g}", anchor="middle")]
+        parts += [_text(x_of(tick), top + height + 18, f"{tick:.3g}", anchor="middle")]
     parts.append(_text(left + width / 2, top + height + 40, x_label, anchor="middle"))
     for index, series in enumerate(dict.fromkeys(point.series for point in points)):
         colour = PALETTE[index % len(PALETTE)]
@@ -169,6 +173,15 @@ def scatter_svg(title: str, x_label: str, y_label: str, points: Sequence[Scatter
         parts += [_box(left + width + 20, top + 20 * index, 12, 12, colour)]
         parts.append(_text(left + width + 38, top + 20 * index + 11, series))
     return _document(left + width + 220, top + height + 60, parts)
+
+
+def _horizontal(xs: Sequence[float], logarithmic: bool) -> tuple[float, float, list[float]]:
+    """Ends of the axis and where it is marked."""
+    if logarithmic:
+        low, high = min(xs) / 1.3, max(xs) * 1.3
+        return low, high, _log_ticks(low, high)
+    pad = 0.05 * (max(xs) - min(xs)) or 0.01
+    return min(xs) - pad, max(xs) + pad, np.linspace(min(xs), max(xs), 5).tolist()
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

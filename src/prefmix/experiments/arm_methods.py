@@ -21,6 +21,7 @@ from prefmix.experiments.arms import Arm, Method
 from prefmix.experiments.baselines import Splits, fit_arm, table_states
 from prefmix.experiments.group_robust import GroupRobustTrainer, row_groups
 from prefmix.experiments.linear_arms import fitted_low_rank_reward, fitted_probe
+from prefmix.experiments.linear_latent import fitted_latent
 from prefmix.experiments.mixed_logit import SpreadCallback
 from prefmix.experiments.per_user import (
     PerUserTrainer,
@@ -162,6 +163,18 @@ def _low_rank_reward(arm: Arm, place: Workplace) -> Fitted:
     )
 
 
+def _latent(arm: Arm, place: Workplace) -> Fitted:
+    table, options = place.splits.train, {"probe_dim": 64, **place.options, **arm.options}
+    return fitted_latent(
+        table,
+        place.states(table),
+        num_rewards=options["num_experts"],
+        dim=options["probe_dim"],
+        ridge=arm.setting("ridge"),
+        seed=place.seed,
+    )
+
+
 def _per_user(arm: Arm, place: Workplace) -> Fitted:
     """Single DPO first, then an expert for each user from there."""
     single = place.train(replace(arm, name=f"{arm.name}, start"))
@@ -211,4 +224,5 @@ METHODS: dict[Method, Callable[[Arm, Workplace], Fitted]] = {
     "soup": _soup,
     "probe": _probe,
     "low_rank_reward": _low_rank_reward,
+    "latent": _latent,
 }

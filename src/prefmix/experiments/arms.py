@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-Method = Literal["trainer", "reference", "group_robust", "mixed_logit", "per_user", "soup", "probe", "low_rank_reward"]
+Method = Literal[
+    "trainer", "reference", "group_robust", "mixed_logit", "per_user", "soup", "probe", "low_rank_reward", "latent"
+]
 # Trained by `MixtureTrainer`, so that its options (and a search over them) mean something.
 TRAINED: tuple[Method, ...] = ("trainer", "group_robust", "mixed_logit", "per_user", "soup")
 # Linear rewards on cached states: what is searched is the ridge.
-LINEAR: tuple[Method, ...] = ("probe", "low_rank_reward")
+LINEAR: tuple[Method, ...] = ("probe", "low_rank_reward", "latent")
 
 # What a method reads beyond `MixtureConfig`: name -> (default, what it means).
 SETTINGS: dict[Method, dict[str, tuple[Any, str]]] = {
@@ -27,6 +29,7 @@ SETTINGS: dict[Method, dict[str, tuple[Any, str]]] = {
         "max_users": (64, "users with an expert of their own, the most active ones; the others keep single DPO's"),
     },
     "probe": {"ridge": (None, "precision of the coefficients' prior; null: by cross-validation on training rows")},
+    "latent": {"ridge": (1.0, "precision of the rewards' coefficients")},
     "low_rank_reward": {
         "ridge": (1.0, "precision of the basis rewards' coefficients"),
         "user_variance": (4.0, "prior variance of a user's logits over basis rewards"),
@@ -143,8 +146,9 @@ def all_arms(num_experts: int = 2, num_groups: int | None = None) -> dict[str, A
         ),
         "vpl": Arm(
             "log-linear latent",
-            {**many, **blend, "combine": "log_linear"},
-            about="a Gaussian z for each user weighs the experts' margins (VPL)",
+            many,
+            method="latent",
+            about="a Gaussian z for each user weighs K linear rewards on pooled states, margins summed (VPL)",
             source="arXiv 2408.10075",
         ),
         "soup": Arm(

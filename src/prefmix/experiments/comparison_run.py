@@ -304,7 +304,8 @@ def _people(table: ComparisonTable, rows: np.ndarray) -> dict[str, Any]:
 
 
 def _numbers(predictions: Predictions) -> dict[str, list[float]]:
-    return {name: np.round(values, 6).tolist() for name, values in predictions._asdict().items()}
+    """Six significant digits: decimals would make ties of the reference, whose logits are a sign times 1e-9."""
+    return {name: [float(f"{value:.6g}") for value in values] for name, values in predictions._asdict().items()}
 
 
 def _sizes(rows: PartedRows) -> dict[str, int]:

@@ -79,7 +79,7 @@ def fitted_probe(
         found, known = scores(table, states), (table.user >= 0) & (table.user < rows.num_users)
         posterior = fit.log_resp.double()[torch.from_numpy(np.where(known, table.user, 0))]
         own = torch.where(torch.from_numpy(known).unsqueeze(1), posterior, prior)
-        return Ways(_no_reference(table), predict(prior.expand_as(own), found), predict(own, found))
+        return Ways(no_reference(table), predict(prior.expand_as(own), found), predict(own, found))
 
     def of_new_users(new: NewUsers, states: TrunkStates) -> dict[int, Predictions]:
         found, user = scores(new.table, states), torch.from_numpy(new.table.user)
@@ -115,7 +115,7 @@ def fitted_low_rank_reward(
         own = torch.where(torch.from_numpy(known).unsqueeze(1), own, 0.0)
         nobody = torch.zeros_like(own)
         alike, personal = (_from_margins(user_margins(fit.model, difference, logits)) for logits in (nobody, own))
-        return Ways(_no_reference(table), alike, personal)
+        return Ways(no_reference(table), alike, personal)
 
     def of_new_users(new: NewUsers, states: TrunkStates) -> dict[int, Predictions]:
         difference = differences(rows, new.table, states)
@@ -146,7 +146,7 @@ def _from_margins(margins: Tensor) -> Predictions:
     return Predictions(logsigmoid(margins).numpy(), margins.numpy())
 
 
-def _no_reference(table: ComparisonTable) -> Predictions:
+def no_reference(table: ComparisonTable) -> Predictions:
     """Linear rewards have no reference policy: a coin."""
     return Predictions(np.full(len(table), -np.log(2.0)), np.zeros(len(table)))
 

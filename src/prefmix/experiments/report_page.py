@@ -95,8 +95,10 @@ def _verdict(data: RunData) -> str:
     for name, gain in data.gains.items():
         clear = gain.low > 0 or gain.high < 0
         kind = "better" if gain.mean >= 0 else "worse"
-        said = f"{abs(gain.mean):.1%} {kind} than {name}" if clear else f"not clearly different from {name}"
-        words.append(f"On all rows it is {said} ({100 * gain.low:+.1f} to {100 * gain.high:+.1f} points, paired).")
+        said = (
+            f"{100 * abs(gain.mean):.1f} points {kind} than {name}" if clear else f"not clearly different from {name}"
+        )
+        words.append(f"On all rows it is {said} ({100 * gain.low:+.1f} to {100 * gain.high:+.1f}, paired).")
     return f'<p class="verdict">{escape(" ".join(words))}</p>'
 
 

@@ -88,10 +88,20 @@ class Canvas:
         self._parts: list[str] = []
 
     def text(
-        self, x: float, y: float, content: str, *, anchor: str = "start", muted: bool = False, size: float = 12
+        self,
+        x: float,
+        y: float,
+        content: str,
+        *,
+        anchor: str = "start",
+        muted: bool = False,
+        size: float = 12,
+        halo: bool = False,
     ) -> None:
-        """Text in the colour of the page."""
+        """Text in the colour of the page; `halo` keeps it readable across lines."""
         style = ' opacity=".68"' if muted else ""
+        if halo:
+            style = ' style="paint-order:stroke;stroke:var(--paper,transparent);stroke-width:4"'
         place = f'x="{_short(x)}" y="{_short(y)}"' + (f' text-anchor="{anchor}"' if anchor != "start" else "")
         font = f' font-size="{size:g}"' if size != 12 else ""
         self._parts.append(f"<text {place}{font}{style}>{escape(content)}</text>")

@@ -76,7 +76,7 @@ def line_chart(
     y_of = _y_axis(canvas, low, high, top)
     if level:
         canvas.line(LEFT, y_of(level[1]), WIDTH - RIGHT, y_of(level[1]), faint=False, dash=True)
-        canvas.text(WIDTH - RIGHT, y_of(level[1]) - 5, level[0], anchor="end", muted=True)
+        canvas.text(WIDTH - RIGHT, y_of(level[1]) - 5, level[0], anchor="end", muted=True, halo=True)
     for curve in curves:
         points = [(place(x), y_of(y)) for x, y in sorted(curve.points)]
         canvas.path(points, curve.colour, dash=curve.dash, expert=curve.expert)
@@ -159,15 +159,18 @@ def interval_rows(
         return 6 + (WIDTH - 12) * (value - low) / (high - low)
 
     bottom = top + 40 * len(intervals)
-    for tick in ticks(low, high):
-        canvas.line(x_of(tick), top, x_of(tick), bottom)
+    marks = ticks(low, high)
+    for tick in marks:
         canvas.text(x_of(tick), bottom + 16, number(tick), anchor="middle", muted=True)
     if level:
-        canvas.line(x_of(level[1]), top - 4, x_of(level[1]), bottom, faint=False, dash=True)
         near = x_of(level[1])
         canvas.text(near, 12, level[0], anchor="end" if near > 300 else "start" if near < 120 else "middle", muted=True)
     for row, entry in enumerate(intervals):
         y = top + 40 * row
+        for tick in marks:  # lines stop where words begin
+            canvas.line(x_of(tick), y + 20, x_of(tick), y + 34)
+        if level:
+            canvas.line(x_of(level[1]), y + 18, x_of(level[1]), y + 36, faint=False)
         canvas.text(2, y + 14, entry.name)
         value = number(entry.value)
         canvas.text(WIDTH - 2, y + 14, value, anchor="end")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from prefmix.evaluation.figures.canvas import GROUP_SHAPES, WIDTH, Canvas, Figure, expert_colour, expert_name, number
+from prefmix.evaluation.figures.canvas import WIDTH, Canvas, Figure, expert_colour, expert_name, number
 from prefmix.evaluation.figures.charts import clipped, share_rows
 
 MOST_COLUMNS, MOST_DOTS, BINS = 210, 700, 20
@@ -41,8 +41,7 @@ def people_map(weights: np.ndarray, names: Sequence[str] = (), groups: Sequence[
             y += tall
         if known:
             counts = [sum(groups[u] == g for u in members) for g in known]
-            shade = 0.15 + 0.85 * int(np.argmax(counts)) / max(len(known) - 1, 1)
-            colour = f"color-mix(in srgb,currentColor {shade:.0%},transparent)"
+            colour = _shade(int(np.argmax(counts)), len(known))
             canvas.box(
                 c * width,
                 top + HEIGHT + 6,
@@ -53,7 +52,8 @@ def people_map(weights: np.ndarray, names: Sequence[str] = (), groups: Sequence[
             )
     y = top + HEIGHT + (36 if known else 18)
     if known:
-        canvas.text(0, y, "strip: true group (" + clipped(", ".join(known), 44) + ")", muted=True)
+        canvas.text(0, y, "Strip: true groups", muted=True)
+        y = canvas.legend(y + 18, [(clipped(g, 40), _shade(i, len(known))) for i, g in enumerate(known)])
     canvas.height = y + 6
     shared = (
         "" if len(columns) == len(order) else f" Each column is the mean of about {len(order) // len(columns)} users."
@@ -82,7 +82,7 @@ def people_plane(weights: np.ndarray, names: Sequence[str] = (), groups: Sequenc
     place = _triangle(weights) if corners else _principal(weights)
     shown = np.unique(np.linspace(0, len(weights) - 1, min(len(weights), MOST_DOTS)).round().astype(int))
     known = list(dict.fromkeys(sorted(g for g in groups if g is not None)))
-    canvas = Canvas("Plane of users", 370)
+    canvas = Canvas("Plane of users", 0)
     if corners:
         _draw_triangle(canvas)
     # People who are sure stand on one another; a small fixed scatter lets them be counted.
@@ -94,10 +94,7 @@ def people_plane(weights: np.ndarray, names: Sequence[str] = (), groups: Sequenc
         shape = known.index(group) if known and (group := groups[user]) is not None else 0
         x, y = place[user] + scatter[user]
         canvas.dot(x, y, expert_colour(k), tip=tip, expert=k, r=3.4, shape=shape)
-    bottom = 352
-    if known:
-        marks = ", ".join(f"{name}: {GROUP_SHAPES[i % len(GROUP_SHAPES)]}" for i, name in enumerate(known))
-        canvas.text(0, bottom, clipped("true groups by shape: " + marks, 66), muted=True)
+    canvas.height = _shape_legend(canvas, 372, known) if known else 352
     kind = "corners are experts" if corners else "first two principal components of the weights"
     few = "" if len(shown) == len(weights) else f" {len(shown)} of {len(weights):,} users are drawn."
     return Figure(
@@ -154,6 +151,24 @@ def weights_by(
     cells = [[label, f"{count:,}", *(number(share) for share in shares)] for label, count, shares in rows]
     header = ["", unit, *(expert_name(k) for k in range(len(rows[0][2])))]
     return Figure(title, share_rows(title, bars), caption, header, cells)
+
+
+def _shade(place: int, count: int) -> str:
+    """Greys for true groups: which expert belongs to which is for the eye to find."""
+    return f"color-mix(in srgb,currentColor {15 + 85 * place / max(count - 1, 1):.0f}%,transparent)"
+
+
+def _shape_legend(canvas: Canvas, y: float, names: Sequence[str]) -> float:
+    """True groups with their shapes in rows; returns the y below them."""
+    x = 4.0
+    for place, name in enumerate(names):
+        said = clipped(name, 40)
+        if x > 4 and x + 22 + 6.6 * len(said) > WIDTH:
+            x, y = 4.0, y + 19
+        canvas.dot(x, y - 4, "currentColor", shape=place)
+        canvas.text(x + 10, y, said)
+        x += 34 + 6.6 * len(said)
+    return y + 10
 
 
 def _sorted_users(weights: np.ndarray) -> np.ndarray:
