@@ -48,11 +48,14 @@ format: setup  ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: setup  ## rewrite the pages that are made from the code
+docs: setup  ## rewrite the pages that are made from the code, then build the site into site/
+	@$(BIN)/python -c 'import zensical, mkdocstrings_handlers.python' 2>/dev/null || $(BIN)/pip install -q -e '.[docs]'
 	$(BIN)/python -m prefmix.cli.config_page > docs/config.md
+	$(BIN)/python docs/stage.py build/docs
+	$(BIN)/zensical build --strict
 
 bench: setup  ## speed figures, each behind its own correctness gate: about an hour (training.py alone takes --quick)
 	@for script in benchmarks/*.py; do echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script || exit 1; done
 
 clean:  ## remove the environment and build products
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist site .mypy_cache .ruff_cache .pytest_cache

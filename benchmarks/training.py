@@ -51,7 +51,10 @@ from prefmix.experts.base_model import BaseModel, load_base
 # figure -> stage -> contenders; `| variant`s are taken where this version of prefmix has them.
 NEEDS: dict[int, dict[str, list[str]]] = {
     1: {
-        "1:1": ["TRL LoRA", "TRL LoRA, defaults", "TRL LoRA, fastest", names.LORA, f"{names.LORA}, bf16"],
+        "1:1": [
+            *("TRL LoRA", "TRL LoRA, defaults", "TRL LoRA, fastest", names.PRECOMPUTED),
+            *(names.LORA, f"{names.LORA}, bf16"),
+        ],
         "4:1": ["TRL LoRA", "LoRA, all blocks, K=1"],
         "1:3": ["TRL LoRA", "LoRA, all blocks, K=1"],
     },
@@ -94,7 +97,7 @@ def plan_stages(only: Iterable[int], rows: Iterable[str], with_trl: bool) -> dic
 def _with_variants(name: str) -> list[str]:
     """A contender and its implementations: prompts once and twice for LoRA, pure torch beside heads."""
     if name == names.LORA:
-        return [name + names.ONCE, name + names.TWICE]
+        return [name + names.KNOWN, name + names.ONCE, name + names.TWICE]
     pure = name in ("heads, K=1", names.HEADS, names.CACHED, "heads, K=16")
     return [name, name + names.PURE] if pure else [name]
 

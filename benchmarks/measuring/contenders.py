@@ -45,6 +45,11 @@ TRL: dict[str, dict[str, Any]] = {
     "TRL LoRA": {"bf16": False, "gradient_checkpointing": False},
     "TRL LoRA, defaults": {},
     "TRL LoRA, fastest": {"bf16": True, "gradient_checkpointing": False, "precompute_ref_log_probs": True},
+    "TRL LoRA, reference precomputed": {
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "precompute_ref_log_probs": True,
+    },
     "TRL full head": {"bf16": False, "gradient_checkpointing": False},
 }
 
@@ -64,6 +69,7 @@ class Variant(NamedTuple):
 VARIANTS = {
     "prompts once": Variant({"prefix_sharing": True}, {}),
     "prompts twice": Variant({"prefix_sharing": False}, {}),
+    "reference known": Variant({"prefix_sharing": True, "precompute_ref_log_probs": True}, {}),
     "pure torch": Variant({}, {"PREFMIX_KERNEL": "chunked"}),
 }
 

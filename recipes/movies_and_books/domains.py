@@ -19,6 +19,7 @@ CLUBS = {
     "movies": ("film club", "cinema society", "actors' guild"),
     "books": ("reading circle", "library friends", "poetry evening"),
 }
+KINDS = {"movies": "film", "books": "book"}
 NEUTRAL_PROMPT = "Write a review.\n"
 
 Row = dict[str, Any]
@@ -33,6 +34,7 @@ class Sizes(NamedTuple):
         train_per_person, test_per_person: comparisons of each.
         opening_words: of a review, quoted in the prompt.
         end_words: of a review, as a response: the verdict stands at the end.
+        named: whether a prompt also says if it is about a film or a book, or leaves that to the quotation.
     """
 
     train: int
@@ -41,8 +43,9 @@ class Sizes(NamedTuple):
     people: int
     train_per_person: int = 4
     test_per_person: int = 6
-    opening_words: int = 20
+    opening_words: int = 12
     end_words: int = 20
+    named: bool = True
 
 
 class Rows(NamedTuple):
@@ -103,8 +106,12 @@ def _take(reviews: dict[tuple[str, str], list[list[str]]], domain: str, label: s
 def _domain_rows(domain: str, reviews: dict[tuple[str, str], list[list[str]]], sizes: Sizes) -> Iterator[Row]:
     index = 0
     while True:
-        quoted = _take(reviews, domain, ("pos", "neg")[index % 2])[: sizes.opening_words]
-        yield _comparison(domain, domain, f"{' '.join(quoted)} ...\nAnother review:\n", reviews, sizes)
+        quoted = " ".join(_take(reviews, domain, ("pos", "neg")[index % 2])[: sizes.opening_words])
+        prompt = f"{quoted} ...\nAnother review:\n"
+        if sizes.named:
+            kind = KINDS[domain]
+            prompt = f"{kind.title()} review. {quoted} ...\nAnother {kind} review:\n"
+        yield _comparison(domain, domain, prompt, reviews, sizes)
         index += 1
 
 

@@ -240,7 +240,17 @@ def summary(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the seeds that are missing; prints the summary and writes JSON after each."""
     args = _parser().parse_args(arguments)
-    kept = ("train", "validation", "test", "people", "epochs", "batch_size", "learning_rate", "metadata_epochs")
+    kept = (
+        "train",
+        "validation",
+        "test",
+        "people",
+        "epochs",
+        "batch_size",
+        "learning_rate",
+        "metadata_epochs",
+        "prompts",
+    )
     settings = {name: getattr(args, name) for name in kept} | {"model": Path(args.model).name, "vocabulary": "seen"}
     report: dict[str, Any] = {"settings": settings, "commit": _commit(), "machine": platform.machine(), "seeds": []}
     if args.output.is_file():
@@ -259,8 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _place(args: argparse.Namespace, base: BaseModel, seed: int) -> Place:
-    sizes = Sizes(args.train, args.validation, args.test, args.people)
-    folder = args.work_dir / f"{Path(args.model).name}-{args.train}-{seed}"
+    sizes = Sizes(args.train, args.validation, args.test, args.people, named=args.prompts == "named")
+    folder = args.work_dir / f"{Path(args.model).name}-{args.prompts}-{args.train}-{seed}"
     cut, parts = seen_vocabulary(list(draw_rows(sizes, seed)), base, folder / "base")
     # The number of a domain is its place in DOMAINS in every table.
     train, *others = ([row | {"group": f"{DOMAINS.index(row['group'])}"} for row in part] for part in parts)
@@ -321,6 +331,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--train", type=int, default=300, help="training comparisons of both domains together")
     parser.add_argument("--validation", type=int, default=80, help="that choose each arm's epoch")
     parser.add_argument("--test", type=int, default=200, help="that are reported")
+    parser.add_argument(
+        "--prompts", choices=("named", "quoted"), default="named", help="say film or book, or quote a review alone"
+    )
     parser.add_argument("--people", type=int, default=24, help="of the metadata gate, in training and in test")
     parser.add_argument("--epochs", type=int, default=6, help="the best one on validation rows is kept")
     parser.add_argument("--batch-size", type=int, default=16)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from prefmix.policy.mixture_policy import MixturePolicy
     from prefmix.policy.modular import CopyOf, add_expert, remove_expert, replace_expert, soup
     from prefmix.training.config import MixtureConfig
+    from prefmix.training.extending import register_estep, register_gate_term, register_loss
     from prefmix.training.trainer import MixtureTrainer
 
 # Read by OpenMP when torch is loaded, and yours wins: threads that spin while they wait take the cores from each other
@@ -31,6 +32,9 @@ __all__ = [
     "__version__",
     "add_expert",
     "evaluate",
+    "register_estep",
+    "register_gate_term",
+    "register_loss",
     "remove_expert",
     "replace_expert",
     "soup",
@@ -43,6 +47,9 @@ _HOME = {
     "MixtureTrainer": "prefmix.training.trainer",
     "add_expert": "prefmix.policy.modular",
     "evaluate": "prefmix.evaluation.evaluator",
+    "register_estep": "prefmix.training.extending",
+    "register_gate_term": "prefmix.training.extending",
+    "register_loss": "prefmix.training.extending",
     "remove_expert": "prefmix.policy.modular",
     "replace_expert": "prefmix.policy.modular",
     "soup": "prefmix.policy.modular",

@@ -100,7 +100,13 @@ def test_the_verdict_calls_a_gain_unclear_where_its_interval_holds_zero() -> Non
     unclear = replace(data, gains={"the gate alone": gain._replace(mean=0.01, low=-0.02, high=0.03)})
     assert "not clearly different from the gate alone" in report_html(unclear)
     worse = replace(data, gains={"single DPO": gain._replace(mean=-0.04, low=-0.06, high=-0.02)})
-    assert "4.0 points worse than single DPO" in report_html(worse)
+    assert "4.0 points worse than single DPO" in report_html(worse) and "above a coin" not in report_html(worse)
+    assert data.evaluation is not None and data.evaluation.personalised is not None
+    best = data.evaluation.personalised
+    unsure = replace(best, log_loss=best.log_loss._replace(mean=0.75))
+    assert "0.750, is above a coin" in report_html(
+        replace(data, evaluation=replace(data.evaluation, personalised=unsure))
+    )
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -50,3 +51,21 @@ def test_the_chi_square_p_value_knows_uniform_ranks_from_others(load: Callable[[
     assert calibration.chi_square_p(crowded) < 1e-6
     # 100 expected in each of 20 ranks; two ranks off by 10: statistic 2, p = 1 up to 1e-6 at 19 degrees of freedom.
     assert calibration.chi_square_p(torch.cat([ranks[:-10], torch.zeros(10, dtype=ranks.dtype)])) > 0.99
+
+
+def test_types_and_blends_on_a_language_model(
+    load: Callable[[str], ModuleType], make_tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    make_tiny_model().save_pretrained(base)
+    tiny_tokenizer.save_pretrained(base)
+    options = "--dtype float32 --debates Firefox --max-words 12 --seeds 0 --users 8 --comparisons 8 --test-per-user 4"
+    options += f" --epochs 1 --batch-size 64 --model {base} --work-dir {tmp_path / 'work'}"
+    report = load("language_model").main([*options.split(), "--output", str(tmp_path / "found.json")])
+    assert json.loads((tmp_path / "found.json").read_text()) == json.loads(json.dumps(report))
+    for kind in ("discrete", "continuous"):
+        scores = report["summary"][kind]
+        assert set(scores["accuracy"]) >= {"known weights", "single", "user", "membership"}
+        # Nobody beats the truth in its own log-loss.
+        best = min(scores["log_loss"][arm] for arm in ("single", "user", "membership"))
+        assert scores["log_loss"]["known weights"] < best

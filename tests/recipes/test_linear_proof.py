@@ -34,9 +34,7 @@ def test_cells_are_kept_and_the_tables_read_them(
     monkeypatch.setattr(recipe, "recovery", lambda each, num, seed: recovery(min(each, 2), num, seed, users=12))
     monkeypatch.setattr(recipe, "restarts", lambda seed: restarts(seed, users=12, each=4, inner=3, reference=3))
     hard = recipe.hard_restarts
-    monkeypatch.setattr(
-        recipe, "hard_restarts", lambda seed: hard(seed, users=20, each=4, inner=3, reference=3)
-    )
+    monkeypatch.setattr(recipe, "hard_restarts", lambda seed: hard(seed, users=20, each=4, inner=3, reference=3))
     monkeypatch.setattr(recipe, "RIDGE", 4.0)
     monkeypatch.setattr(recipe, "TASTES", (1, 3))
     monkeypatch.setattr(recipe, "COMPARISONS", (2,))

@@ -81,7 +81,11 @@ def test_no_review_stands_twice_and_tastes_are_opposed(recipe: Callable[[str], M
             liked, other = ("loved", "hated") if row["group"] == "movies" else ("hated", "loved")
             assert liked in row["chosen"] and other in row["rejected"]
     for row in rows.train:
-        assert set(row["prompt"].split("...")[0].split()) <= set(WORDS[row["group"]])
+        kind = domains.KINDS[row["group"]]
+        assert row["prompt"].startswith(f"{kind.title()} review. ") and f"Another {kind} review" in row["prompt"]
+        assert set(row["prompt"].split("...")[0].split()[2:]) <= set(WORDS[row["group"]])
+    quoted = domains.draw_rows(domains.Sizes(20, 6, 10, 6, 2, 2, opening_words=19, end_words=3, named=False), seed=3)
+    assert not any(row["prompt"].startswith(("Film", "Book")) for row in quoted.train)
     for row in rows.people_train + rows.people_test:
         assert row["metadata"]["user_club"] in domains.CLUBS[row["group"]]
         assert row["prompt"] == domains.NEUTRAL_PROMPT

@@ -28,7 +28,8 @@ from prefmix.mixture.likelihoods.feedback import (
     pair_outcomes,
     sides_of,
 )
-from prefmix.mixture.likelihoods.model import PROPER, FeedbackModel
+from prefmix.mixture.likelihoods.model import FeedbackModel
+from prefmix.mixture.likelihoods.own import is_proper
 from prefmix.mixture.likelihoods.soft_labels import soft_label_log_lik
 from prefmix.policy.feedback_rows import check_feedback, table_rows
 from prefmix.policy.text_scores import text_log_probs
@@ -214,7 +215,7 @@ def _row_scores(
         return RowScores(lik.log_lik, outcomes.loss, ref_logit)
     win, tie, loss = normalised(outcomes)
     log_prob = lik.log_lik
-    if model.loss_type not in PROPER or model.label_smoothing:
+    if not is_proper(model.loss_type) or model.label_smoothing:
         log_prob = win if rows.label is None else soft_label_log_lik(win, loss, rows.label)
     if rows.tie is not None:
         win, loss = (torch.where(rows.tie.unsqueeze(1), tie, side) for side in (win, loss))

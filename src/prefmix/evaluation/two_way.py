@@ -79,9 +79,10 @@ def two_way_bootstrap(
     mean, found = float(value.mean()), np.concatenate(draws)
     found = found[np.isfinite(found)]
     if len(people) < 2 or len(found) == 0:
-        return TwoWay(mean, *[float("nan")] * 4, *shape)
+        nan = float("nan")
+        return TwoWay(mean, nan, nan, nan, nan, len(people), len(seeds))
     tail = 0.5 * (1.0 - level)
     low, high = np.quantile(found, [tail, 1.0 - tail])
     side = min((found <= 0).sum(), (found >= 0).sum())
     p_value = min(1.0, 2 * (int(side) + 1) / (len(found) + 1))
-    return TwoWay(mean, float(found.std(ddof=1)), float(low), float(high), p_value, *shape)
+    return TwoWay(mean, float(found.std(ddof=1)), float(low), float(high), p_value, len(people), len(seeds))

@@ -92,9 +92,11 @@ def all_arms(num_experts: int = 2, num_groups: int | None = None) -> dict[str, A
         num_experts: K, of every arm that blends or chooses experts.
         num_groups: G, experts of the oracle; None stands for K where nothing is trained (a list of arms).
     """
-    one, many = {"num_experts": 1, "init": "random"}, {"num_experts": num_experts}
-    oracle = {"num_experts": num_groups or num_experts, "init": "labels", "init_hold_epochs": 1e6}
-    blend = {"latent": "membership", "init": "probe"}
+    return _one_for_everybody() | _for_each_person(num_experts) | _mixtures(num_experts, num_groups or num_experts)
+
+
+def _one_for_everybody() -> dict[str, Arm]:
+    one = {"num_experts": 1, "init": "random"}
     return {
         "reference": Arm("reference", method="reference", about="the base model as it is"),
         "single": Arm("single DPO", one, about="one expert for everybody", source="arXiv 2305.18290"),
@@ -119,6 +121,12 @@ def all_arms(num_experts: int = 2, num_groups: int | None = None) -> dict[str, A
             about="one expert under a log-normal beta whose spread is learnt",
             source="arXiv 2601.06180",
         ),
+    }
+
+
+def _for_each_person(num_experts: int) -> dict[str, Arm]:
+    one, many = {"num_experts": 1, "init": "random"}, {"num_experts": num_experts}
+    return {
         "per_user": Arm(
             "per-user DPO",
             one,
@@ -151,6 +159,13 @@ def all_arms(num_experts: int = 2, num_groups: int | None = None) -> dict[str, A
             about="a Gaussian z for each user weighs K linear rewards on pooled states, margins summed (VPL)",
             source="arXiv 2408.10075",
         ),
+    }
+
+
+def _mixtures(num_experts: int, num_groups: int) -> dict[str, Arm]:
+    many, blend = {"num_experts": num_experts}, {"latent": "membership", "init": "probe"}
+    oracle = {"num_experts": num_groups, "init": "labels", "init_hold_epochs": 1e6}
+    return {
         "soup": Arm(
             "weight soup",
             {**many, "init": "probe"},

@@ -10,7 +10,6 @@ Source: Sagawa et al. 2020 (arXiv 1911.08731), algorithm 1; for DPO, Ramesh et a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -85,7 +84,7 @@ class GroupRobustTrainer(MixtureTrainer):
         self.log_counts = worse_groups_gain(self.log_counts, -self._seen[:, 0], group, self.step)
         return result
 
-    def _likelihoods(self, output: MixtureOutput, inputs: Mapping[str, Tensor]) -> Likelihoods:
-        found = super()._likelihoods(output, dict(inputs))
+    def _likelihoods(self, output: MixtureOutput, inputs: dict[str, Tensor], beta: Tensor | None = None) -> Likelihoods:
+        found = super()._likelihoods(output, inputs, beta)
         self._seen = found.log_lik.detach()
         return found

@@ -40,7 +40,8 @@ def fitted_latent(
     fit = fit_membership(
         rows.data, num_rewards, max(num_rewards - 1, 1), combine="log_linear", ridge=ridge, generator=generator
     )
-    model = LinearMembership(*(part.double() for part in fit.model[:3]), fit.model.combine)
+    coefficients, gate, loading = (part.double() for part in fit.model[:3])
+    model = LinearMembership(coefficients, gate, loading, fit.model.combine)
     q = GaussianQ(*(part.double() for part in fit.q))
 
     def ways(table: ComparisonTable, states: TrunkStates) -> Ways:

@@ -5,6 +5,7 @@ What it says comes from `RunData`; every picture is a function of `prefmix.evalu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -92,13 +93,20 @@ def _verdict(data: RunData) -> str:
         f"Of {rows:,} held-out comparisons it ranks {best.mean:.1%} as the person did, {way} "
         f"(95% interval over people: {best.low:.1%} to {best.high:.1%})."
     ]
+    compared = []
     for name, gain in data.gains.items():
         clear = gain.low > 0 or gain.high < 0
         kind = "better" if gain.mean >= 0 else "worse"
         said = (
             f"{100 * abs(gain.mean):.1f} points {kind} than {name}" if clear else f"not clearly different from {name}"
         )
-        words.append(f"On all rows it is {said} ({100 * gain.low:+.1f} to {100 * gain.high:+.1f}, paired).")
+        compared.append(f"{said} ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})")
+    if compared:
+        words.append(f"Paired over people, on all rows, that is {'; '.join(compared)}.")
+    if report.best.log_loss.mean > math.log(2):
+        words.append(
+            f"Its log-loss, {report.best.log_loss.mean:.3f}, is above a coin's 0.693: it is too sure of itself."
+        )
     return f'<p class="verdict">{escape(" ".join(words))}</p>'
 
 

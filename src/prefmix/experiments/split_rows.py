@@ -105,7 +105,7 @@ def _by_user(
     by_user: dict[str | None, list[int]] = {}
     for index in indices:
         by_user.setdefault(users[index], []).append(index)
-    part = {}
+    part: dict[int, str] = {}
     for own in by_user.values():
         part |= dict(zip(rng.permutation(own).tolist(), _labels(len(own), shares, rng)))
     return part
@@ -131,7 +131,9 @@ def _by_unit(
     units = sorted({unit for found in of_row for unit in found})
     labels = _labels(len(units), shares, rng)
     part_of = dict(zip((units[place] for place in rng.permutation(len(units))), labels))
-    part, new, dropped = {}, [], 0
+    part: dict[int, str] = {}
+    new: list[int] = []
+    dropped = 0
     for index, found in enumerate(of_row):
         names = {part_of[unit] for unit in found}
         if len(names) > 1 or (users[index] in new_people and names != {"test"}):

@@ -83,6 +83,11 @@ def _others(num_experts: int, expert: int) -> Int[Tensor, "K_1"]:
 
 
 def _start(gate: Gate) -> dict[str, Tensor]:
+    if gate.further:
+        raise ValueError(
+            f"gate term {next(iter(gate.further))!r}: nothing says how a module of your own gains or loses an expert; "
+            "train again with another num_experts"
+        )
     if gate.membership is not None:
         raise ValueError(
             "latent='membership': the weights of users lie in a space made for these experts; train again with another "

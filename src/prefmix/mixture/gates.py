@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from prefmix.mixture.gate_terms import GATE_TERMS, build_term
 from prefmix.mixture.membership_network import MembershipNetwork
 from prefmix.mixture.precision import at_least_float32
 from prefmix.mixture.priors import check_alpha, dirichlet_log_density, map_log_weights
@@ -72,7 +73,7 @@ class Gate(nn.Module):
 
         Args:
             num_experts: K.
-            terms: some of "global", "prompt", "user", "metadata".
+            terms: some of "global", "prompt", "user", "metadata", and names of `GATE_TERMS`.
             num_users: U, rows of the `user` table.
             prompt_dim: D, size of the pooled prompt states.
             metadata_dim: M, number of encoded metadata features.
@@ -98,16 +99,27 @@ class Gate(nn.Module):
         self._global_term()
         if "prompt" in terms:
             self.prompt = _zero_linear(prompt_dim, num_experts)
+        if "prompt" in self.reads:
             self.register_buffer("prompt_mean", torch.zeros(prompt_dim))
             self.register_buffer("prompt_scale", torch.ones(prompt_dim))
         if "user" in terms:
             self.user = nn.Parameter(torch.zeros(num_users, num_experts))
         if "metadata" in terms:
             self.metadata = _zero_linear(metadata_dim, num_experts)
+        self.metadata_dim = metadata_dim
+        self.further = nn.ModuleDict(
+            {name: build_term(name, sizes[f"{GATE_TERMS[name].reads}_dim"], num_experts)
+             for name in terms if name in GATE_TERMS}
+        )  # fmt: skip
         membership = (
             MembershipNetwork(num_experts, membership_dim, membership_encoder, seed) if membership_dim else None
         )
         self.membership = membership
+
+    @property
+    def reads(self) -> set[str]:
+        """Which features its terms need: "prompt", "metadata"."""
+        return features_of(self.terms)
 
     @property
     def is_global(self) -> bool:
@@ -138,6 +150,8 @@ class Gate(nn.Module):
             if "metadata" in self.terms:
                 assert inputs.metadata is not None, "the gate has a metadata term, but no metadata were given"
                 logits = logits + _linear(self.metadata, at_least_float32(inputs.metadata))
+            for name, term in self.further.items():
+                logits = logits + at_least_float32(term(self._features(name, inputs)))
             return torch.log_softmax(logits, dim=-1)
 
     def population_log_weights(self) -> Float[Tensor, "K"]:
@@ -206,7 +220,7 @@ class Gate(nn.Module):
     @torch.no_grad()
     def fit_prompt_scale(self, prompt_states: Float[Tensor, "P D"]) -> None:
         """Sets mean and scale of the prompt term from the distinct training prompts; constant columns keep scale 1."""
-        assert "prompt" in self.terms
+        assert "prompt" in self.reads
         states = prompt_states.double()
         scale = states.std(dim=0, unbiased=False)
         self.prompt_mean.copy_(states.mean(dim=0))
@@ -225,8 +239,8 @@ class Gate(nn.Module):
             "num_experts": self.num_experts,
             "terms": list(self.terms),
             "num_users": len(self.user) if "user" in self.terms else 0,
-            "prompt_dim": self.prompt.in_features if "prompt" in self.terms else 0,
-            "metadata_dim": self.metadata.in_features if "metadata" in self.terms else 0,
+            "prompt_dim": len(self.prompt_mean) if "prompt" in self.reads else 0,
+            "metadata_dim": self.metadata_dim if "metadata" in self.reads else 0,
             "update": self.update,
             "alpha": self.alpha,
             "user_strength": self.user_strength,
@@ -248,20 +262,39 @@ class Gate(nn.Module):
                 return at_least_float32(getattr(self, name))
         raise AssertionError("a gate always has one of its three global tensors")
 
+    def _features(self, name: str, inputs: GateInputs) -> Float[Tensor, "B D"]:
+        """What a further term gets."""
+        if GATE_TERMS[name].reads == "metadata":
+            assert inputs.metadata is not None, "a gate term reads metadata, but none were given"
+            return at_least_float32(inputs.metadata)
+        assert inputs.prompt_states is not None, "a gate term reads prompts, but no prompt states were given"
+        return self._standardised(inputs.prompt_states)
+
     def _standardised(self, prompt_states: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
         """Zero mean, and unit *length* on average, so that one learning rate suits every trunk size."""
         scale = at_least_float32(self.prompt_scale) * math.sqrt(self.prompt_scale.numel())
         return (at_least_float32(prompt_states) - at_least_float32(self.prompt_mean)) / scale
 
 
+def features_of(terms: Sequence[str]) -> set[str]:
+    """Which features gate terms need: "prompt", "metadata"."""
+    return {term for term in terms if term in ("prompt", "metadata")} | {
+        GATE_TERMS[term].reads for term in terms if term in GATE_TERMS
+    }
+
+
 def _check_terms(terms: Sequence[str], update: str, alpha: float, sizes: dict[str, int]) -> None:
-    if not terms or len(set(terms)) != len(terms) or not set(terms) <= set(TERMS):
-        raise ValueError(f"gate is {list(terms)}, but it must name some of {list(TERMS)}, each once.")
+    known = [*TERMS, *GATE_TERMS]
+    if not terms or len(set(terms)) != len(terms) or not set(terms) <= set(known):
+        raise ValueError(
+            f"gate is {list(terms)}, but it must name some of {known}, each once; a term of your own must be "
+            "registered before a policy that uses it is loaded."
+        )
     if update not in UPDATES:
         raise ValueError(f"gate_update is {update!r}; choose one of {list(UPDATES)}.")
     check_alpha(alpha)
-    for term in ("prompt", "metadata"):
-        if term in terms and sizes[f"{term}_dim"] < 1:
+    for term in features_of(terms):
+        if sizes[f"{term}_dim"] < 1:
             raise ValueError(
                 f"the gate has a {term} term, but {term}_dim is {sizes[f'{term}_dim']}: give its features."
             )

@@ -26,7 +26,8 @@ from prefmix.mixture.likelihoods.feedback import (
     sides_of,
     text_rewards,
 )
-from prefmix.mixture.likelihoods.model import PROPER, FeedbackModel
+from prefmix.mixture.likelihoods.model import FeedbackModel
+from prefmix.mixture.likelihoods.own import is_proper
 from prefmix.policy.config import PolicyConfig
 from prefmix.policy.feedback_rows import check_feedback, table_rows
 
@@ -86,7 +87,7 @@ def preference_scores(
     texts = (log_probs.log_probs.double(), log_probs.ref_log_probs.double())
     lik = feedback_log_lik(*texts, rows, beta, model)
     probability = lik.log_lik
-    if model.loss_type not in PROPER:
+    if not is_proper(model.loss_type):
         probability = normalised(pair_outcomes(lik.margins, beta, model)).win
     rewards = lik.rewards[rows.chosen], lik.rewards[rows.rejected]
     return PreferenceScores(*rewards, lik.margins, lik.log_lik, probability, sides_of(*texts, rows))

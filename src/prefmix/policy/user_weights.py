@@ -190,14 +190,14 @@ class UserWeights(NamedTuple):
         return torch.log_softmax(gate(inputs).cpu().double(), dim=-1)
 
     def _prompt_states(self, prompts: Sequence[Sequence[int]] | None, num_rows: int) -> Float[Tensor, "B D"] | None:
-        if "prompt" not in self.model.gate.terms:
+        if "prompt" not in self.model.gate.reads:
             return None
         if prompts is None:
             return self.model.gate.prompt_mean.expand(num_rows, -1)
         return pooled_prompt_states(self.model.experts.base_model, prompts)
 
     def _features(self, metadata: Sequence[Mapping[str, Any] | None]) -> Float[Tensor, "B M"] | None:
-        if "metadata" not in self.model.gate.terms:
+        if "metadata" not in self.model.gate.reads:
             return None
         assert self.metadata_encoder is not None, "a gate that reads metadata comes with their encoder"
         return torch.from_numpy(self.metadata_encoder.encode([row or {} for row in metadata]))

@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from prefmix.training.expert_options import QuantizationOptions, ReadingOptions, expert_problems
 from prefmix.training.likelihood_options import LikelihoodOptions, likelihood_problems
 from prefmix.training.membership_options import MembershipOptions, membership_problems
+from prefmix.training.registered_names import PROMPT_TERMS, choices
 
 Latent = Literal["auto", "pair", "user", "membership"]
 GateTerm = Literal["global", "prompt", "user", "metadata"]
@@ -222,7 +223,8 @@ def gate_problems(terms: Iterable[str], latent: str) -> list[str]:
     and a free weight vector per user would become one-hot and count the user's rows twice.
     """
     terms = list(terms)
-    faults = {"user": "one-hot weights that count a user's rows twice", "prompt": "a prior that changes within a user"}
+    faults = {"user": "one-hot weights that count a user's rows twice"}
+    faults |= dict.fromkeys(PROMPT_TERMS, "a prior that changes within a user")
     problems = []
     if not terms:
         problems.append("gate=[]: name at least one term, for example gate=[global]")
@@ -283,7 +285,7 @@ def _type_problems(values: Mapping[str, Any]) -> list[str]:
 def _fits(value: Any, hint: Any) -> bool:
     origin = get_origin(hint)
     if origin is Literal:
-        return value in get_args(hint)
+        return value in choices(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, part) for part in get_args(hint))
     if origin is list:
@@ -298,7 +300,7 @@ def _fits(value: Any, hint: Any) -> bool:
 def _expected(hint: Any) -> str:
     origin = get_origin(hint)
     if origin is Literal:
-        return "one of " + ", ".join(str(choice) for choice in get_args(hint))
+        return "one of " + ", ".join(str(choice) for choice in choices(hint))
     if origin in (Union, types.UnionType):
         return " or ".join(_expected(part) for part in get_args(hint))
     if origin is list:
@@ -307,8 +309,8 @@ def _expected(hint: Any) -> str:
 
 
 def _value_suggestion(value: Any, hint: Any) -> str:
-    choices = [choice for part in (hint, *get_args(hint)) if get_origin(part) is Literal for choice in get_args(part)]
-    return _suggestion(value, choices) if isinstance(value, str) else ""
+    known = [choice for part in (hint, *get_args(hint)) if get_origin(part) is Literal for choice in choices(part)]
+    return _suggestion(value, known) if isinstance(value, str) else ""
 
 
 def _suggestion(name: str, names: list[str]) -> str:

@@ -25,7 +25,7 @@ from prefmix.experts.base_model import BaseModel, load_base
 from prefmix.experts.interface import AbstractExperts
 from prefmix.experts.quantization import quantization_of
 from prefmix.experts.trunk_cache import TrunkStates, build_trunk_states
-from prefmix.mixture.gates import Gate
+from prefmix.mixture.gates import Gate, features_of
 from prefmix.policy.feedback_rows import check_feedback
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.training.config import MixtureConfig
@@ -148,7 +148,7 @@ def resolve_latent(args: MixtureConfig, table: ComparisonTable) -> ResolvedLaten
 
 def metadata_encoder(args: MixtureConfig, table: ComparisonTable, latent: ResolvedLatent) -> MetadataEncoder | None:
     """Features of the gate's metadata term; under `latent="user"` only fields that are constant within a user."""
-    if "metadata" not in args.gate:
+    if "metadata" not in features_of(args.gate):
         return None
     return MetadataEncoder.fit(table.metadata, user_fields_only=latent == "user")
 
@@ -162,7 +162,7 @@ def comparisons(
     with first_process_first(args):  # it fills the cache, the others map the same file
         states = trunk_states(table, base, args) if cached else None
         prompt_states = None
-        if "prompt" in args.gate:
+        if "prompt" in features_of(args.gate):
             prompt_states = (states or trunk_states(table, base, args)).prompt_mean
     metadata = None if encoder is None else torch.from_numpy(encoder.encode(table.metadata))
     return Comparisons(table, states, prompt_states, metadata)

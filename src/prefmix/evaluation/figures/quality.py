@@ -7,12 +7,18 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from prefmix.evaluation.figures.canvas import WIDTH, Canvas, Figure, number
+from prefmix.evaluation.figures.canvas import WIDTH, Canvas, Figure, number, ticks
 from prefmix.evaluation.figures.charts import LEFT, PLOT, RIGHT, Curve, Interval, interval_rows, line_chart
 from prefmix.evaluation.metrics import reliability
 from prefmix.evaluation.report import EvaluationReport, Figures
 
-COLOURS = ("currentColor", "var(--second,#D55E00)", "var(--accent,#0072B2)", "#009E73", "#CC79A7", "#E69F00")
+# None of them is the colour of an expert.
+COLOURS = {
+    "reference, untrained": "currentColor",
+    "gate alone": "var(--second,#7D858C)",
+    "personalised": "var(--accent,#6B3FA0)",
+}
+OTHER = "var(--third,#9C6B1E)"
 
 
 def ways(report: EvaluationReport, against: Mapping[str, EvaluationReport] | None = None) -> dict[str, Figures]:
@@ -29,8 +35,8 @@ def accuracy_by_way(report: EvaluationReport, against: Mapping[str, EvaluationRe
     """Held-out accuracy of every way to choose weights, 95% intervals over people."""
     entries = ways(report, against)
     points = [
-        Interval(name, f.accuracy.mean, f.accuracy.low, f.accuracy.high, COLOURS[i % len(COLOURS)])
-        for i, (name, f) in enumerate(entries.items())
+        Interval(name, f.accuracy.mean, f.accuracy.low, f.accuracy.high, COLOURS.get(name, OTHER))
+        for name, f in entries.items()
     ]
     title = "Held-out accuracy"
     svg = interval_rows(
@@ -50,23 +56,24 @@ def reliability_diagram(logits: Mapping[str, np.ndarray], num_bins: int = 10) ->
     """
     title = "Reliability"
     canvas = Canvas(title, 0)
-    entries = [(name, COLOURS[(i + 1) % len(COLOURS)]) for i, name in enumerate(logits)]
+    entries = [(name, COLOURS.get(name, OTHER)) for name in logits]
     top, right = canvas.legend(10, entries) + 18, WIDTH - RIGHT
     bottom, cells = top + PLOT + 30, []
+    tables = {name: reliability(logit, num_bins) for name, logit in logits.items()}
+    lowest = min((float(a) for table in tables.values() for a in table.accuracy[table.num_rows > 0]), default=0.4)
+    floor = 0.2 * math.floor(min(lowest, 0.4) / 0.2 + 1e-9)
 
     def place(confidence: float, share: float) -> tuple[float, float]:
-        return LEFT + (right - LEFT) * (confidence - 0.5) / 0.5, bottom - (PLOT + 30) * min(
-            max((share - 0.3) / 0.7, 0), 1
-        )
+        return LEFT + (right - LEFT) * (confidence - 0.5) / 0.5, bottom - (PLOT + 30) * (share - floor) / (1 - floor)
 
-    for tick in (0.4, 0.6, 0.8, 1.0):
+    for tick in ticks(floor, 1.0):
         canvas.line(LEFT, place(0.5, tick)[1], right, place(0.5, tick)[1])
         canvas.text(LEFT - 7, place(0.5, tick)[1] + 4, f"{tick:g}", anchor="end", muted=True)
     for tick in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
         canvas.text(place(tick, 0)[0], bottom + 17, f"{tick:g}", anchor="middle" if tick < 1 else "end", muted=True)
     canvas.line(*place(0.5, 0.5), *place(1.0, 1.0), faint=False, dash=True)
     for name, colour in entries:
-        table = reliability(logits[name], num_bins)
+        table = tables[name]
         full = np.flatnonzero(table.num_rows)
         points = [place(float(table.confidence[b]), float(table.accuracy[b])) for b in full]
         canvas.path(points, colour)
@@ -91,7 +98,7 @@ def new_people(by_size: Mapping[int, Figures], met: bool) -> Figure:
     """
     points = [(float(n), figure.log_loss.mean) for n, figure in sorted(by_size.items())]
     title = "New people"
-    curve = Curve("log-loss", points, "var(--accent,#0072B2)")
+    curve = Curve("log-loss", points, "var(--accent,#6B3FA0)")
     svg = line_chart(
         title, [curve], x_label="comparisons shown", y_label="nats per row", spaced=True, dots=True,
         level=("a coin", math.log(2)),

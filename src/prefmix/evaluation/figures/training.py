@@ -35,7 +35,7 @@ def bound_over_training(log: Log) -> Figure | None:
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
         return None
-    colours = {"evidence": "var(--accent,#0072B2)", "ELBO": "var(--second,#D55E00)"}
+    colours = {"evidence": "var(--accent,#6B3FA0)", "ELBO": "var(--second,#7D858C)"}
     drawn = [Curve(name, points, colours[name], dash=name == "ELBO") for name, points in curves.items()]
     title = "Bound and evidence"
     svg = line_chart(title, drawn, x_label=X_LABEL, y_label="nats per training row")
@@ -52,7 +52,7 @@ def held_out_over_training(log: Log) -> Figure | None:
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
         return None
-    colours = ("var(--accent,#0072B2)", "var(--second,#D55E00)")
+    colours = ("var(--accent,#6B3FA0)", "var(--second,#7D858C)")
     drawn = [Curve(name, curves[name], colours[i]) for i, name in enumerate(curves)]
     title = "Held-out log-loss"
     svg = line_chart(title, drawn, x_label=X_LABEL, y_label="nats per row", level=("a coin", math.log(2)), dots=True)
@@ -83,7 +83,7 @@ def certainty_over_training(log: Log) -> Figure | None:
     }
     if num_experts < 2 or not all(curves.values()):
         return None
-    colours = ("var(--accent,#0072B2)", "var(--second,#D55E00)")
+    colours = ("var(--accent,#6B3FA0)", "var(--second,#7D858C)")
     drawn = [Curve(name, curves[name], colours[i]) for i, name in enumerate(curves)]
     title = "Entropy: how sure"
     level = (f"log {num_experts}: knows nothing", math.log(num_experts))

@@ -19,6 +19,7 @@ from prefmix.mixture.likelihoods.ipo import ipo_log_lik
 from prefmix.mixture.likelihoods.mixed_logit import mixed_logit_log_lik
 from prefmix.mixture.likelihoods.mixture_reward import bt_lse_logit, policy_logit
 from prefmix.mixture.likelihoods.model import PER_TOKEN, FeedbackModel
+from prefmix.mixture.likelihoods.own import OWN_LOSSES
 from prefmix.mixture.likelihoods.plackett_luce import Rankings, plackett_luce
 from prefmix.mixture.likelihoods.rewards import mean_token_rewards, reference_free_rewards
 from prefmix.mixture.likelihoods.robust import robust_log_lik
@@ -118,6 +119,8 @@ def pair_outcomes(
 
 
 def _pair_log_lik(margins: Float[Tensor, "B K"], beta: Float[Tensor, "K"], model: FeedbackModel) -> Tensor:
+    if model.loss_type in OWN_LOSSES:
+        return OWN_LOSSES[model.loss_type].log_lik(margins, beta)
     if model.loss_type == "hinge":
         return hinge_log_lik(margins)
     if model.loss_type == "ipo":
@@ -126,6 +129,8 @@ def _pair_log_lik(margins: Float[Tensor, "B K"], beta: Float[Tensor, "K"], model
         return robust_log_lik(margins, model.label_smoothing)
     if model.loss_type == "mixed_logit":
         return mixed_logit_log_lik(margins, model.beta_spread, model.label_noise)
+    if model.loss_type not in ("sigmoid", "sigmoid_norm", "simpo"):
+        raise ValueError(f"loss_type={model.loss_type!r} is not known here; call register_loss before it is needed")
     asked = model.simpo_gamma if model.loss_type == "simpo" else 0.0
     return preference_log_lik(margins - asked, model.label_noise)
 

@@ -11,9 +11,9 @@ Ties = Literal["drop", "davidson", "rao_kupper"]
 Likelihood = Literal["mbt", "bt_lse", "policy"]
 
 # exp of these is a probability: they sum to 1 over the outcomes.
-PROPER: tuple[LossType, ...] = ("sigmoid", "sigmoid_norm", "mixed_logit")
+PROPER: tuple[str, ...] = ("sigmoid", "sigmoid_norm", "mixed_logit")
 # Their rewards are per completion token.
-PER_TOKEN: tuple[LossType, ...] = ("sigmoid_norm", "ipo", "simpo")
+PER_TOKEN: tuple[str, ...] = ("sigmoid_norm", "ipo", "simpo")
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class FeedbackModel:
     """The observation model of one run or policy.
 
     Attributes:
-        loss_type: the (pseudo-)log-likelihood of a pair and the reward behind it, by TRL's name.
+        loss_type: the (pseudo-)log-likelihood of a pair and the reward behind it: a `LossType`, or a registered name.
         label_noise: e of p = (1-e) sigmoid(m) + e sigmoid(-m).
         label_smoothing: epsilon; of `robust` the share of flipped labels, else labels are 1 - epsilon.
         simpo_gamma: the margin that `simpo` asks for, nats.
@@ -31,7 +31,7 @@ class FeedbackModel:
         likelihood: of the mixture: of Bradley-Terry likelihoods (`mbt`), of rewards (`bt_lse`), or of policies.
     """
 
-    loss_type: LossType = "sigmoid"
+    loss_type: str = "sigmoid"
     label_noise: float = 0.0
     label_smoothing: float = 0.0
     simpo_gamma: float = 0.5
