@@ -81,7 +81,9 @@ def _restarts(title: str, cells: list[dict[str, float]]) -> None:
         closed = [cell[name] for cell in cells if name in cell]
         if closed:
             good = sum(share >= 0.99 for share in closed)
-            print(f"{name.replace('_', ' ')}: {good} of {len(closed)} runs close 99%; the least closes {min(closed):.3f}")
+            print(
+                f"{name.replace('_', ' ')}: {good} of {len(closed)} runs close 99%; the least closes {min(closed):.3f}"
+            )
     for name in ("annealed_starts", "plain_starts"):
         mean = sum(cell[name] for cell in cells) / len(cells)
         print(f"{name.replace('_', ' ')} that close 99% alone: {mean:.2f}")
