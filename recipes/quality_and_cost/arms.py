@@ -66,6 +66,14 @@ def all_arms() -> dict[str, Arm]:
         _head("logit", 4, "head, logit, r=16"),
         _branch(2, 64, blocks),
         _branch(2, 4, blocks),
+        Arm(
+            "head, logit, r=16, 4x the pairs",
+            "head: more steps",
+            default | {"head": "logit"},
+            rate_of="head, logit, r=16",
+            seeds=(0, 1),
+            more_pairs=True,
+        ),
         _branch(EVERYWHERE, 64, everywhere),
         _branch(EVERYWHERE, 4, everywhere),
     ]
