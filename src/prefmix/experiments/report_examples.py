@@ -66,7 +66,7 @@ def find_disputes(
         user = table.users[table.user[row]] if names and table.user[row] >= 0 else ""
         sides = [_text(policy, table.texts.completion_ids[i]) for i in (chosen, rejected)]
         asked = _text(policy, table.texts.prompts[prompt])
-        found.append(Dispute(asked, *sides, user, probability[row].tolist(), weights[row].tolist()))
+        found.append(Dispute(asked, sides[0], sides[1], user, probability[row].tolist(), weights[row].tolist()))
         if len(found) == DISPUTES:
             break
     return found
@@ -90,7 +90,7 @@ def write_examples(
     if prompts is None:
         return None
     num_experts, seed = policy.config.num_experts, options.seed
-    settings = {"max_new_tokens": options.max_new_tokens, "return_details": True}
+    settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "return_details": True}
     examples, responses = [], [[] for _ in range(num_experts)]  # type: tuple[list[Example], list[list[Any]]]
     total = len(prompts) * (num_experts + 1)
     with tqdm(total=total, unit="answer", file=sys.stderr, disable=not options.progress, desc="writing") as bar:

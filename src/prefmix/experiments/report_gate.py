@@ -90,10 +90,10 @@ def _by_prompt(policy: MixturePolicy, scored: ScoredTable, gate: np.ndarray) -> 
     table = scored.table
     distinct, first, count = np.unique(table.prompt, return_index=True, return_counts=True)
     shown = np.linspace(0, len(distinct) - 1, min(len(distinct), MOST_PROMPTS)).round().astype(int)
-    prompts = [table.texts.prompts[distinct[i]] for i in shown]
+    prompts = [list(table.texts.prompts[distinct[i]]) for i in shown]
     if len(prompts) <= CLUSTERS:
         label = np.arange(len(prompts))
-        nearest = list(label)
+        nearest = [int(place) for place in label]
     else:
         states = pool_features(pooled_prompt_states(policy.model.experts.base_model, prompts), 16).features
         found = kmeans(states, CLUSTERS, torch.Generator().manual_seed(0))
@@ -105,7 +105,7 @@ def _by_prompt(policy: MixturePolicy, scored: ScoredTable, gate: np.ndarray) -> 
         members = shown[label == cluster]
         if len(members):
             mean = np.average(gate[first[members]], axis=0, weights=count[members])
-            name = policy.tokenizer.decode(prompts[nearest[cluster]], skip_special_tokens=True)
+            name = str(policy.tokenizer.decode(prompts[nearest[cluster]], skip_special_tokens=True))
             rows.append((name, int(count[members].sum()), mean.tolist()))
     rows.sort(key=lambda row: int(np.argmax(row[2])) - float(max(row[2])))
     kind = (

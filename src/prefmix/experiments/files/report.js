@@ -16,11 +16,13 @@
 
   // Tooltips: by mouse or by touch.
   const tip = document.getElementById("tip");
+  let shownAt = 0;
   const show = (event) => {
     const mark = event.target.closest && event.target.closest("[data-tip]");
     tip.classList.toggle("on", Boolean(mark));
     if (!mark) return;
     tip.textContent = mark.dataset.tip;
+    shownAt = scrollY;
     const { width, height } = tip.getBoundingClientRect();
     const above = event.clientY - height - 14;
     tip.style.left = Math.max(8, Math.min(event.clientX - width / 2, innerWidth - width - 8)) + "px";
@@ -28,7 +30,8 @@
   };
   document.addEventListener("pointermove", show);
   document.addEventListener("pointerdown", show);
-  document.addEventListener("scroll", () => tip.classList.remove("on"), { passive: true });
+  const away = () => { if (Math.abs(scrollY - shownAt) > 30) tip.classList.remove("on"); };
+  document.addEventListener("scroll", away, { passive: true });
 
   // Tables of kind `sortable`: press a heading.
   const value = (row, column) => row.cells[column].textContent.trim();
