@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from tests.experiments.conftest import opposed_rows
 
-from prefmix.experiments.split_rows import SplitBy, split_rows, validation_part
+from prefmix.experiments.compare_settings import SplitBy
+from prefmix.experiments.split_rows import split_rows, validation_part
 
 ROWS = [
     row | {"prompt": f"prompt {index % 15}"}

@@ -1,16 +1,16 @@
-"""What a comparison of arms is asked: data, arms, seeds, one search for all. Checked before torch is imported."""
+"""What a comparison of arms is asked: data, arms, seeds, one search for all. Checked before anything heavy is imported."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from prefmix.experiments.arms import LINEAR, TRAINED, Arm, setting_problems
-from prefmix.experiments.split_rows import SplitBy
 from prefmix.training.options import validate_options
 
+SplitBy = Literal["row", "text", "prompt"]
 # Ridges of linear arms: as many of them, from the middle outwards, as the search has candidates for the others.
 RIDGES = (1.0, 10.0, 0.1, 100.0, 0.01, 30.0, 0.3, 3.0)
 # Fields that a comparison sets itself.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
+from prefmix.experiments.compare_settings import SplitBy
+
 Rows = Sequence[Mapping[str, Any]]
-SplitBy = Literal["row", "text", "prompt"]
 _PARTS = ("train", "validation", "test")
 
 
