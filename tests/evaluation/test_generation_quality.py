@@ -75,7 +75,7 @@ def test_mean_log_ratio_is_the_kl_of_the_first_token(make_policy: Callable[..., 
 
 def test_order_of_prompts_survives_batching_by_length(make_policy: Callable[..., MixturePolicy]) -> None:
     policy = make_policy()
-    samples = sample_responses(policy, PROMPTS, each=2, max_new_tokens=4, seed=0, batch=2)
+    samples = sample_responses(policy, PROMPTS, each=2, max_new_tokens=4, seed=0, batch=4)
     assert samples.prompts == PROMPTS
     assert samples.prompt.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     for i, ids in enumerate(samples.token_ids):

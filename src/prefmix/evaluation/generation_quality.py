@@ -25,7 +25,7 @@ from prefmix.policy.responses import Response
 from prefmix.policy.streaming import decode_response
 from prefmix.policy.text_scores import text_log_probs
 
-BATCH = 256  # prompts decoded together; larger ones no longer help on a CPU, and hold [batch, K, V] logits
+BATCH = 256  # sequences decoded together; more no longer help on a CPU (their caches and logits leave its caches)
 
 
 class Samples(NamedTuple):
@@ -89,7 +89,7 @@ def sample_responses(
         decoder: `sample` or `mixture`, which draw from one distribution.
         max_new_tokens: longest response; the KL is that of the policies stopped there.
         seed: of the draws.
-        batch: prompts decoded together.
+        batch: sequences decoded together.
 
     Raises:
         ValueError: another decoder.
@@ -101,8 +101,9 @@ def sample_responses(
     prompts, written = list(prompts), []
     # Prompts of a batch are padded to the longest: those of one length go together, and come back in order.
     order = sorted(range(len(prompts)), key=lambda i: len(prompt_token_ids(prompts[i], policy.tokenizer)))
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
+    width = max(1, batch // each)
+    for start in range(0, len(order), width):
+        chosen = order[start : start + width]
         call: dict[str, Any] = {"decoder": decoder, "max_new_tokens": max_new_tokens, "seed": 1_000_003 * seed + start}
         call |= {"num_return_sequences": each, "weights": log_weights.exp(), "return_details": True}
         responses = policy.generate([prompts[i] for i in chosen], **call)

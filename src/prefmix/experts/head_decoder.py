@@ -11,8 +11,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from prefmix.experts.growing_cache import growing_cache
 from prefmix.experts.heads import LogitFunction
 from prefmix.experts.interface import AbstractExpertDecoder
 from prefmix.experts.trunk import run_trunk
@@ -34,7 +35,7 @@ class HeadDecoder(AbstractExpertDecoder):
             raise ValueError("attention_mask: a prompt ends in padding; pad prompts on the left to decode")
         self._model = base_model
         self._logit_function, self._applied = logit_function, applied
-        self._cache = DynamicCache(config=base_model.config)
+        self._cache = growing_cache(base_model.config)
         self._mask = attention_mask
         self._hidden = self._read(input_ids)
 
