@@ -1,4 +1,4 @@
-"""What a comparison of arms is asked: data, arms, seeds, one search for all. Checked before anything heavy is imported."""
+"""What a comparison of arms is asked: data, arms, seeds, one search. Checked before anything heavy is imported."""
 
 from __future__ import annotations
 
