@@ -1,0 +1,206 @@
+"""From what policies wrote to figures: equal-KL comparisons, the Pareto front, specialists against oracles.
+
+Rewards are in standard deviations of the reference's responses to validation prompts, counted from the reference's
+mean on the prompts at hand.
+
+Legend: P prompts, S strengths, W weight vectors, R rewards, K experts (objectives).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from prefmix.evaluation.generation_quality import Frontier
+from prefmix.evaluation.intervals import Draw, Interval, nested_bootstrap
+from prefmix.evaluation.pareto import hypervolume, simplex_grid
+
+KLS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # nats; fixed before any run. The largest that all frontiers reach is reported.
+CORNERS = {"at the reference": 0.0, "one sd below the reference": -1.0}
+BETWEEN = 8  # points put between two neighbours of single DPO's frontier, which is one curve
+WEIGHT_STEPS = 8
+
+
+class SeedArrays(NamedTuple):
+    """One seed's arrays, with what they mean.
+
+    Attributes:
+        arrays: of `judge.Judge`.
+        objectives: names of the K objectives, the first K rewards.
+        strengths: S.
+        scale: [R] standard deviation of each reward under the reference, on validation prompts.
+        each: responses for each prompt.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    objectives: Sequence[str]
+    strengths: Sequence[float]
+    scale: np.ndarray
+    each: int
+
+    def rewards(self, name: str) -> np.ndarray:
+        """[P, R] mean standardised rewards of each prompt's responses."""
+        columns = self.arrays[f"{name}/rewards"] / self.scale
+        found: np.ndarray = columns.reshape(-1, self.each, columns.shape[1]).mean(axis=1)
+        return found
+
+    def kl(self, name: str) -> np.ndarray:
+        """[P] mean log-ratios."""
+        found: np.ndarray = self.arrays[f"{name}/log_ratio"].reshape(-1, self.each).mean(axis=1)
+        return found
+
+    def frontier(self, names: Sequence[str]) -> Frontier:
+        """From the reference through these policies."""
+        start = self.rewards("reference")
+        return Frontier(
+            np.stack([np.zeros(len(start)), *(self.kl(name) for name in names)]),
+            np.stack([start, *(self.rewards(name) for name in names)]),
+        )
+
+    def single(self) -> Frontier:
+        """Single DPO at all strengths."""
+        return self.frontier([f"single/all/{s:g}" for s in self.strengths])
+
+    def specialist(self, objective: str) -> Frontier:
+        """The mixture with all weight on one objective's expert."""
+        return self.frontier([f"mixture/{objective}/{s:g}" for s in self.strengths])
+
+    def blend(self) -> Frontier:
+        """The product of all experts with equal weights."""
+        return self.frontier([f"blend/{s:g}" for s in self.strengths])
+
+    def mixture(self, weights: np.ndarray) -> Frontier:
+        """sum_k w_k pi_k at all strengths, exactly from the samples of its experts."""
+        kls, rewards = [np.zeros(len(self.rewards("reference")))], [self.rewards("reference")]
+        used = np.flatnonzero(weights > 0)
+        for strength in self.strengths:
+            names = [f"mixture/{self.objectives[k]}/{strength:g}" for k in used]
+            log_ratio = [self._mixed(self.arrays[f"{name}/expert_log_ratio"], weights) for name in names]
+            kls.append(sum(w * r for w, r in zip(weights[used], log_ratio, strict=True)))
+            rewards.append(sum(w * self.rewards(name) for w, name in zip(weights[used], names, strict=True)))
+        return Frontier(np.stack(kls), np.stack(rewards))
+
+    def _mixed(self, log_ratio: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """[P] mean of log sum_k w_k pi_k / pi_ref over the responses of one expert."""
+        with np.errstate(divide="ignore"):
+            joint = log_ratio + np.log(weights)
+        top = joint.max(axis=1)
+        mixed = top + np.log(np.exp(joint - top[:, None]).sum(axis=1))
+        found: np.ndarray = mixed.reshape(-1, self.each).mean(axis=1)
+        return found
+
+
+def common_kl(seeds: Sequence[SeedArrays]) -> float:
+    """The largest of `KLS` that single DPO, every specialist and the equal mixture reach in every seed."""
+    ends = []
+    for arrays in seeds:
+        equal = np.full(len(arrays.objectives), 1 / len(arrays.objectives))
+        families = [arrays.single(), arrays.mixture(equal), *(arrays.specialist(o) for o in arrays.objectives)]
+        ends += [float(family.mean_kl.max()) for family in families]
+    return max([kl for kl in KLS if kl <= min(ends)], default=KLS[0])
+
+
+def gains_at_kl(seeds: Sequence[SeedArrays], kl: float, bootstraps: int) -> dict[str, dict[str, Interval]]:
+    """Objective -> gain over the reference at equal KL: the specialist's, single DPO's, and their difference.
+
+    `mean of objectives` is that of the equally weighted mixture, of the blend (all experts' product), and of single
+    DPO, which is the theoretical ceiling there.
+    """
+    objectives, num = seeds[0].objectives, len(seeds[0].objectives)
+    pairs = {o: [(s.specialist(o), s.single()) for s in seeds] for o in objectives}
+    equal = np.full(num, 1 / num)
+    whole = [(s.mixture(equal), s.single(), s.blend()) for s in seeds]
+
+    def statistic(draws: Sequence[Draw]) -> list[float]:
+        found = []
+        for index, objective in enumerate(objectives):
+            gains = [_gains(pairs[objective][d.group], d.members, kl)[:, index] for d in draws]
+            found += [*np.mean(gains, axis=0), float(np.mean([g[0] - g[1] for g in gains]))]
+        means = [_gains(whole[d.group], d.members, kl)[:, :num].mean(axis=1) for d in draws]
+        return [*found, *np.mean(means, axis=0), float(np.mean([m[0] - m[1] for m in means]))]
+
+    intervals = nested_bootstrap(statistic, _sizes(seeds), num_resamples=bootstraps)
+    names = ("mixture", "single DPO", "difference")
+    found = {o: dict(zip(names, intervals[3 * i : 3 * i + 3], strict=True)) for i, o in enumerate(objectives)}
+    last = ("mixture", "single DPO", "blend", "difference")
+    return found | {"mean of objectives": dict(zip(last, intervals[3 * num :], strict=True))}
+
+
+def hypervolumes(seeds: Sequence[SeedArrays], kl: float, bootstraps: int) -> dict[str, dict[str, Interval]]:
+    """Corner -> volume that each front dominates within a KL: weight-swept mixture, single DPO, and the difference."""
+    num = len(seeds[0].objectives)
+    grid = simplex_grid(num, WEIGHT_STEPS)
+    families = [[s.mixture(weights) for weights in grid] for s in seeds]
+    singles, blends = [s.single() for s in seeds], [s.blend() for s in seeds]
+
+    def statistic(draws: Sequence[Draw]) -> list[float]:
+        volumes = []
+        for draw in draws:
+            points = np.concatenate([_within(f.drawn(draw.members), kl, 1) for f in families[draw.group]])
+            single = _within(singles[draw.group].drawn(draw.members), kl, BETWEEN)
+            both = np.concatenate([points, _within(blends[draw.group].drawn(draw.members), kl, BETWEEN)])
+            volumes.append(
+                [
+                    hypervolume(front[:, :num], np.full(num, corner))
+                    for corner in CORNERS.values()
+                    for front in (points, single, both)
+                ]
+            )
+        means = np.mean(volumes, axis=0)
+        return [x for i in range(0, len(means), 3) for x in (*means[i : i + 3], means[i] - means[i + 1])]
+
+    intervals = nested_bootstrap(statistic, _sizes(seeds), num_resamples=bootstraps)
+    names = ("mixture", "single DPO", "mixture and blend", "difference")
+    return {c: dict(zip(names, intervals[4 * i : 4 * i + 4], strict=True)) for i, c in enumerate(CORNERS)}
+
+
+def share_of_oracle(seeds: Sequence[SeedArrays], method: str, bootstraps: int) -> dict[str, dict[str, Interval]]:
+    """Objective -> (specialist - reference) / (oracle - reference), as trained, with both gains and KLs."""
+    objectives = seeds[0].objectives
+
+    def statistic(draws: Sequence[Draw]) -> list[float]:
+        found = []
+        for index, objective in enumerate(objectives):
+            columns = {name: f"{name}/{objective}/1" for name in (method, "oracle")}
+            gains = {
+                name: float(np.mean([_gain(seeds[d.group], key, index, d.members) for d in draws]))
+                for name, key in columns.items()
+            }
+            kls = [
+                float(np.mean([seeds[d.group].kl(key)[d.members].mean() for d in draws])) for key in columns.values()
+            ]
+            found += [
+                gains[method] / gains["oracle"] if gains["oracle"] else float("nan"),
+                gains[method],
+                gains["oracle"],
+                *kls,
+            ]
+        return found
+
+    intervals = nested_bootstrap(statistic, _sizes(seeds), num_resamples=bootstraps)
+    names = ("share", "gain", "oracle gain", "KL", "oracle KL")
+    return {o: dict(zip(names, intervals[5 * i : 5 * i + 5], strict=True)) for i, o in enumerate(objectives)}
+
+
+def _gain(arrays: SeedArrays, name: str, index: int, prompts: np.ndarray) -> float:
+    return float((arrays.rewards(name) - arrays.rewards("reference"))[prompts, index].mean())
+
+
+def _gains(families: Sequence[Frontier], prompts: np.ndarray, kl: float) -> np.ndarray:
+    """[families, R] rewards at a KL minus the reference's."""
+    drawn = [family.drawn(prompts) for family in families]
+    return np.stack([family.at_kl(kl) - family.rewards[0].mean(axis=0) for family in drawn])
+
+
+def _within(family: Frontier, kl: float, between: int) -> np.ndarray:
+    """[M, R] points of a frontier with at most this KL, as gains over the reference; `between` to each segment."""
+    kls = family.mean_kl
+    grid = np.unique(np.concatenate([np.linspace(a, b, between + 1) for a, b in zip(kls[:-1], kls[1:])]))
+    grid = np.append(grid[grid < kl], min(kl, kls.max()))
+    return np.stack([family.at_kl(x) for x in grid]) - family.rewards[0].mean(axis=0)
+
+
+def _sizes(seeds: Sequence[SeedArrays]) -> list[int]:
+    return [len(arrays.rewards("reference")) for arrays in seeds]
