@@ -58,7 +58,7 @@ class SentimentReward:
 
         r(y) = b + sum_w c_w tfidf_w(y) = log p(praise | y) - log p(blame | y)
 
-    It reads the response alone. Measured on IMDb with 4,600 training reviews: see docs/generation-quality.md.
+    It reads the response alone. Measured on IMDb with 4,600 training reviews: see the recipe movie_reviews.
     """
 
     def __init__(self, texts: Sequence[str], praise: Sequence[bool], *, strength: float = 4.0) -> None:

@@ -1,7 +1,7 @@
 """A key-value cache with room to grow: writing a token copies that token, not everything before it.
 
 transformers' `DynamicLayer` concatenates at every token, so that T tokens copy T^2 / 2 of them. For 48 tokens of 128
-sequences with a model of 15 million parameters that was 3-10% of the CPU time (two pairs of runs); more for longer ones.
+sequences with a model of 15 million parameters that was 3-10% of the CPU time (two pairs of runs).
 
 Legend: B sequences, H heads, L tokens, d size of a head.
 """
