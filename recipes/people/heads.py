@@ -78,6 +78,8 @@ def _prepare(args: argparse.Namespace, seed: int) -> tuple[dict[bool, Splits], B
     base = load_base(args.model, dtype=fast_dtype() if args.dtype == "auto" else getattr(torch, args.dtype))
     people = load_set(args.set, max_users=args.max_users)
     known = cut(people, seed).known
+    # Comparisons drawn from ratings share them: a row is not a whole answer (README.md).
+    known["train"] = [{**row, "weight": args.row_weight} for row in known["train"]]
     users = {row["user"] for row in known["train"]}
     parts: list[Sequence[Row]] = [known["train"]]
     parts += [[row for row in known[part] if row["user"] in users] for part in ("validation", "test")]
@@ -152,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--experts", type=int, default=2)
+    parser.add_argument("--row-weight", type=float, default=0.4, help="of training rows, for every arm")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 4e-3], help="grid of learning rates")
     parser.add_argument("--epochs", type=int, default=6, help="the best one on validation rows is kept")
     parser.add_argument("--batch-size", type=int, default=2048)

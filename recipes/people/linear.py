@@ -34,15 +34,15 @@ RIDGE = 256.0
 EVERYBODYS_SPREAD = 4.0
 OWN_STEPS = 8
 
-# Six configurations for each method. `weight` counts a row as so much: comparisons drawn from ratings share them, so
+# Nine configurations for each method. `weight` counts a row as so much: comparisons drawn from ratings share them, so
 # thirty rows are not thirty independent answers. The ridge is scaled alike, so it means the same at any weight.
-WEIGHTS = (1.0, 0.4)
+WEIGHTS = (1.0, 0.4, 0.2)
 GRIDS: dict[str, list[dict[str, float]]] = {
-    "single": [{"ridge": 4.0**power} for power in range(6)],
+    "single": [{"ridge": 4.0**power} for power in range(-2, 7)],
     "user": [{"experts": k, "weight": w} for k, w in itertools.product((2, 4, 8), WEIGHTS)],
     "membership": [{"experts": k, "weight": w} for k, w in itertools.product((2, 3, 4), WEIGHTS)],
     "log_linear": [{"experts": k, "weight": w} for k, w in itertools.product((2, 3, 4), WEIGHTS)],
-    "own": [{"tau": 2.0**power} for power in range(4, 10)],
+    "own": [{"tau": 2.0**power} for power in range(2, 11)],
 }
 # Methods whose rewards are drawn towards everybody's: they see one column more (`everybodys`).
 DRAWN = ("user", "membership", "log_linear")

@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -42,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     report: dict[str, Any] = {"settings": _settings(args), "sets": {}}
     for name in args.sets:
         people = load_set(name, max_users=args.max_users)
-        texts = _texts(people, args)
+        texts = read_or_keep(people, args, args.dim)
         chosen = _search(people, texts, args)
         cells = {
             kind: [_cell(people, texts, chosen, seed, kind, args) for seed in args.seeds]
@@ -56,12 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return report
 
 
-def _texts(people: PeopleSet, args: argparse.Namespace) -> Texts:
+def read_or_keep(people: PeopleSet, args: argparse.Namespace, dim: int) -> Texts:
     """Features of a set's texts, kept: the language model is loaded only where they are not there yet."""
-    path = args.work_dir / f"texts-{people.name}-{args.dim}.pt"
+    path = args.work_dir / f"texts-{people.name}-{dim}.pt"
     if not path.exists():
         base = load_base(args.model, dtype=fast_dtype() if args.dtype == "auto" else getattr(torch, args.dtype))
-        torch.save(tuple(read_texts(people.catalogue(), base, args.work_dir, args.dim)), path)
+        args.work_dir.mkdir(parents=True, exist_ok=True)
+        torch.save(tuple(read_texts(people.catalogue(), base, args.work_dir, dim)), path)
     return Texts(*torch.load(path))
 
 
@@ -69,17 +69,18 @@ def _search(people: PeopleSet, texts: Texts, args: argparse.Namespace) -> dict[s
     """The configuration of every method, chosen once on validation rows, which no seed scores."""
     path = args.work_dir / f"search-{people.name}.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    if set(found) == set(linear.METHODS):
-        return found
-    prepared = prepare(people, 0, texts)
+    prepared = None
     for method in linear.METHODS:
-        if method not in found:
-            single = linear.fit("single", found["single"]["chosen"], prepared.train, 0) if "single" in found else None
-            began = time.process_time()
-            assert single is None or isinstance(single, linear.Types)
-            found[method] = search(method, prepared, texts, single) | {"cpu_seconds": time.process_time() - began}
-            path.write_text(json.dumps(found, indent=1))
-            print(f"{people.name}, {method}: {found[method]['chosen']}", flush=True)
+        before = found.get(method, {"grid": [], "validation_log_loss": []})
+        if before["grid"] == linear.GRIDS[method]:
+            continue
+        prepared = prepared or prepare(people, 0, texts)
+        single = linear.fit("single", found["single"]["chosen"], prepared.train, 0) if method != "single" else None
+        assert single is None or isinstance(single, linear.Types)
+        known = {json.dumps(config): loss for config, loss in zip(before["grid"], before["validation_log_loss"])}
+        found[method] = search(method, prepared, texts, single, known)
+        path.write_text(json.dumps(found, indent=1))
+        print(f"{people.name}, {method}: {found[method]['chosen']}", flush=True)
     return found
 
 
