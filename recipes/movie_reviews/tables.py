@@ -186,8 +186,10 @@ def _write(output: Path, name: str, svg: str) -> None:
 
 
 def _cell(value: Any) -> str:
-    if value is None:
+    if value is None or value["value"] is None:
         return ""
+    if value["low"] is None:
+        return f"{value['value']:.2f}"
     return f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
 
 
@@ -197,4 +199,6 @@ def _plain(value: Any) -> Any:
         return _plain(value._asdict())
     if isinstance(value, Mapping):
         return {name: _plain(entry) for name, entry in value.items()}
-    return round(float(value), 4) if isinstance(value, float) else value
+    if isinstance(value, float):
+        return round(float(value), 4) if np.isfinite(value) else None
+    return value
