@@ -12,7 +12,7 @@ from prefmix.training.options import validate_options
 
 SplitBy = Literal["row", "text", "prompt"]
 # Ridges of linear arms: as many of them, from the middle outwards, as the search has candidates for the others.
-RIDGES = (1.0, 10.0, 0.1, 100.0, 0.01, 30.0, 0.3, 3.0)
+RIDGES = (10.0, 1.0, 100.0, 30.0, 3.0, 300.0, 0.3, 0.1)
 # Fields that a comparison sets itself.
 OWN_FIELDS = ("output_dir", "seed", "model", "train_data", "eval_data", "eval_strategy", "save_strategy")
 

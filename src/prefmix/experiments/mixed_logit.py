@@ -2,7 +2,7 @@
 
 The paper moves policy and distribution by one gradient. Here they alternate, which has the same fixed points: heads by
 gradient at a fixed spread (`loss_type="mixed_logit"`), and after each epoch the spread with the largest likelihood of
-the training rows at their margins. The median stays at `beta`, since a scale of all margins is the head's to learn.
+the training rows at their margins. The mean stays at `beta`, since a scale of all margins is the head's to learn.
 
 Source: Imai et al. 2026 (arXiv 2601.06180). Legend: B training rows.
 """

@@ -37,7 +37,7 @@ class LikelihoodOptions(NoiseOptions):
     )
     beta_spread: float = field(
         default=0.5,
-        metadata={"help": "mixed_logit: standard deviation of log beta, whose median is beta; 0 is sigmoid."},
+        metadata={"help": "mixed_logit: standard deviation of log beta; the mean of beta stays beta. 0 is sigmoid."},
     )
     ties: Ties = field(
         default="drop",

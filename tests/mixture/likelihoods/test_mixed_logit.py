@@ -20,7 +20,7 @@ MARGINS = torch.tensor([[-8.0], [-1.3], [0.0], [0.4], [2.0], [9.0]], dtype=torch
 
 def integral(margin: float, spread: float) -> float:
     def integrand(x: float) -> float:
-        return norm.pdf(x) * expit(margin * np.exp(spread * x))
+        return norm.pdf(x) * expit(margin * np.exp(spread * x - 0.5 * spread**2))
 
     return float(np.log(quad(integrand, -12, 12, limit=400, epsabs=1e-13)[0]))
 
@@ -34,7 +34,7 @@ def test_equals_the_integral_over_a_log_normal_beta(spread: float, tolerance: fl
 
 def test_equals_a_mixture_of_experts_that_differ_in_beta_alone() -> None:
     nodes = normal_nodes(8)
-    each = preference_log_lik(MARGINS * torch.from_numpy(np.exp(0.7 * nodes.place)))
+    each = preference_log_lik(MARGINS * torch.from_numpy(np.exp(0.7 * nodes.place - 0.245)))
     enumerated = torch.logsumexp(each + torch.from_numpy(nodes.log_weight), dim=1, keepdim=True)
     torch.testing.assert_close(mixed_logit_log_lik(MARGINS, 0.7, num_nodes=8), enumerated)
 
@@ -56,6 +56,12 @@ def test_is_a_probability_with_the_gradient_of_finite_differences() -> None:
     assert huge.grad is not None and huge.grad.isfinite().all()
 
 
+def test_the_spread_is_no_scale() -> None:
+    zero = torch.zeros(1, 1, dtype=torch.float64, requires_grad=True)
+    slopes = [torch.autograd.grad(mixed_logit_log_lik(zero, s).sum(), zero)[0].item() for s in (0.0, 0.5, 1.5)]
+    assert slopes == pytest.approx([0.5, 0.5, 0.5])
+
+
 def test_rows_against_a_large_margin_pull_less_than_under_one_beta() -> None:
     margins = torch.full((1, 1), -6.0, dtype=torch.float64, requires_grad=True)
     mixed = torch.autograd.grad(mixed_logit_log_lik(margins, 1.5).sum(), margins)[0]
@@ -68,7 +74,7 @@ def test_the_spread_of_people_is_found() -> None:
     strength = torch.randn(60_000, 1, generator=generator, dtype=torch.float64)
     margins = 3.0 * torch.randn(60_000, 1, generator=generator, dtype=torch.float64)
     right = torch.rand(60_000, 1, generator=generator, dtype=torch.float64) < torch.sigmoid(
-        margins * torch.exp(1.0 * strength)
+        margins * torch.exp(strength - 0.5)
     )
     observed = torch.where(right, margins, -margins)
     weight = torch.ones(60_000)
