@@ -13,8 +13,7 @@ def non_dominated(points: Float[np.ndarray, "N R"]) -> Bool[np.ndarray, "N"]:
     """[N] whether no other point is at least as good in every reward and better in one."""
     at_least = (points[:, None] >= points[None]).all(axis=2)
     better = (points[:, None] > points[None]).any(axis=2)
-    free: Bool[np.ndarray, "N"] = ~(at_least & better).any(axis=0)
-    return free
+    return np.asarray(~(at_least & better).any(axis=0))
 
 
 def hypervolume(points: Float[np.ndarray, "N R"], corner: Float[np.ndarray, "R"]) -> float:

@@ -31,7 +31,10 @@ class GrowingLayer(DynamicLayer):
         used = self.get_seq_length()
         total = used + key_states.shape[-2]
         if self._room is None or self._room[0].shape[-2] < total or not self._is_own(self.keys, self._room[0]):
-            old = (self.keys, self.values) if used else (key_states[..., :0, :], value_states[..., :0, :])
+            old = key_states[..., :0, :], value_states[..., :0, :]
+            if used:
+                assert self.keys is not None and self.values is not None
+                old = self.keys, self.values
             self._room = (_with_room(old[0], total), _with_room(old[1], total))
         for room, states in zip(self._room, (key_states, value_states), strict=True):
             room[..., used:total, :] = states
@@ -46,9 +49,9 @@ class GrowingLayer(DynamicLayer):
             self.keys, self.values = (room[..., :used, :] for room in self._room)
 
     @staticmethod
-    def _is_own(keys: Tensor, room: Tensor) -> bool:
+    def _is_own(keys: Tensor | None, room: Tensor) -> bool:
         """Whether nobody else (cropping, reordering) has replaced the keys."""
-        return keys.data_ptr() == room.data_ptr() and keys.shape[0] == room.shape[0]
+        return keys is not None and keys.data_ptr() == room.data_ptr() and keys.shape[0] == room.shape[0]
 
 
 def growing_cache(config: Any) -> DynamicCache:
