@@ -28,7 +28,7 @@ from prefmix.experts.base_model import load_base
 TITLE = "Planted readers of film reviews (likes praise, likes blame, likes length), vocabulary=seen"
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("train", "validation", "test", "new_users")
-ROWS_SEED = 11
+ROWS_SEED = 12  # 11 was the pilot, whose test rows were looked at
 
 
 def main(arguments: Sequence[str] | None = None) -> str:
@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-words", type=int, default=24, help="reviews are cut to their last words (or 12)")
     parser.add_argument("--noise", type=float, default=0.1, help="how often a reader answers against the own taste")
     parser.add_argument("--epochs", type=int, default=8, help="the best one on validation rows is kept")
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="learning rates to choose from")
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="learning rates")
     parser.add_argument("--work-dir", type=Path, default=Path("baselines"), help="rows, cut model, states, cells")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of table, picture and JSON")
     return parser
