@@ -14,12 +14,13 @@ import numpy as np
 from prefmix.data.datasets import load_named
 
 TASTES = ("brief", "thorough")
-# For tokenizers that have none (chat models bring their own).
+# For tokenizers that have none (chat models bring their own). An answer begins after a line break, where no token of
+# the prompt can merge with one of the answer.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{{ ('Human: ' if message['role'] == 'user' else 'Assistant: ') + message['content'] }}"
+    "{{ ('Human:\n' if message['role'] == 'user' else 'Assistant:\n') + message['content'] }}"
     "{{ eos_token if message['role'] == 'assistant' else '' }}{{ '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
 )
 MIN_RATIO = 1.5  # of the words of the two last answers: what a person with either taste would notice
 MIN_WORDS, MAX_WORDS, MAX_DIALOGUE_WORDS = 3, 40, 90

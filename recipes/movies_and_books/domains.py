@@ -41,7 +41,7 @@ class Sizes(NamedTuple):
     validation: int
     test: int
     people: int
-    train_per_person: int = 4
+    train_per_person: int = 8
     test_per_person: int = 6
     opening_words: int = 12
     end_words: int = 20

@@ -67,9 +67,12 @@ def test_recipe_measures_in_a_fresh_process_and_goes_on(
 
 
 def test_every_kind_trains_what_it_says(
-    recipe: Callable[[str], ModuleType], command: list[str], tmp_path: Path
+    recipe: Callable[[str], ModuleType], command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cell = recipe("cell")
+    # One rate for all but heads: a choice of two is a choice.
+    kinds = {name: kind._replace(rates=kind.rates[: 2 if name == "heads" else 1]) for name, kind in cell.KINDS.items()}
+    monkeypatch.setattr(cell, "KINDS", kinds)
     found = {}
     for kind in cell.KINDS:
         task = cell.Task(users=4, comparisons=4, num_words=6, texts_per_side=30, epochs=1, batch_size=16, seed=0)
