@@ -269,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _place(args: argparse.Namespace, base: BaseModel, seed: int) -> Place:
-    sizes = Sizes(args.train, args.validation, args.test, args.people, named=args.prompts == "named")
+    sizes = Sizes(args.train, args.validation, args.test, args.people, args.person_rows, named=args.prompts == "named")
     folder = args.work_dir / f"{Path(args.model).name}-{args.prompts}-{args.train}-{seed}"
     cut, parts = seen_vocabulary(list(draw_rows(sizes, seed)), base, folder / "base")
     # The number of a domain is its place in DOMAINS in every table.
@@ -335,6 +335,7 @@ def _parser() -> argparse.ArgumentParser:
         "--prompts", choices=("named", "quoted"), default="named", help="say film or book, or quote a review alone"
     )
     parser.add_argument("--people", type=int, default=36, help="of the metadata gate, in training and in test")
+    parser.add_argument("--person-rows", type=int, default=18, help="comparisons of each, for the metadata gate")
     parser.add_argument("--epochs", type=int, default=5, help="the best one on validation rows is kept")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
