@@ -48,6 +48,7 @@ def test_recipe_trains_gates_and_leaves_experts_alone(
     tiny_tokenizer.save_pretrained(tmp_path / "base")
     command = (
         f"--model {tmp_path / 'base'} --seeds 0 --dtype float32 --train 24 --validation 8 --test 12 --people 6 "
+        f"--person-rows 4 "
         f"--epochs 2 --metadata-epochs 2 --learning-rate 0.01 --work-dir {tmp_path / 'work'} "
         f"--output {tmp_path / 'results.json'}"
     ).split()

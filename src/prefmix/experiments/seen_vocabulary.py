@@ -52,7 +52,8 @@ def cut_model(model: PreTrainedModel, seen: torch.Tensor) -> PreTrainedModel:
     """
     config = type(model.config).from_dict({**model.config.to_dict(), "vocab_size": len(seen), "pad_token_id": None})
     config.bos_token_id = config.eos_token_id = None
-    cut = type(model)(config).to(model.dtype)
+    cut: Any = type(model)(config)
+    cut = cut.to(model.dtype)
     state = model.state_dict()
     names = [name for name, tensor in state.items() if tensor.shape[:1] == (model.config.vocab_size,)]
     cut.load_state_dict({name: tensor[seen] if name in names else tensor for name, tensor in state.items()})

@@ -72,7 +72,7 @@ def split_and_merge(
 
 def keep_start(fit: LinearEM, start: int) -> LinearEM:
     """One start of several."""
-    log_resp, log_weights, coefficients, log_evidence, penalised, _ = (part[start : start + 1] for part in fit)
+    log_resp, log_weights, coefficients, log_evidence, penalised = (part[start : start + 1] for part in fit[:5])
     return LinearEM(log_resp, log_weights, coefficients, log_evidence, penalised, fit.trace[:, start : start + 1])
 
 

@@ -10,7 +10,7 @@ U_jk = sum_u w_uj L_uk / sum_u w_uj n_u. Legend: B comparisons, U users, J types
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from prefmix.policy.mixture_policy import MixturePolicy
 
 Objective = Literal["average", "worst_group", "max_min", "min_max_regret"]
-BY_ROWS = {"average": average_weights, "worst_group": worst_group_weights}
+BY_ROWS: dict[str, Callable[..., UnknownUserWeights]] = {"average": average_weights, "worst_group": worst_group_weights}
 GAMES = {"max_min": max_min_weights, "min_max_regret": min_max_regret_weights}
 
 

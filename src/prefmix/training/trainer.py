@@ -31,7 +31,7 @@ from prefmix.training.membership_step import first_q
 from prefmix.training.metrics_log import Meter
 from prefmix.training.noise_state import NoiseState
 from prefmix.training.objective import Likelihoods, estep_function, held, likelihoods
-from prefmix.training.objectives import objective_of
+from prefmix.training.objectives import AbstractObjective, objective_of
 from prefmix.training.objectives.interface import objective_sums
 from prefmix.training.order import training_order
 from prefmix.training.persistence import AbstractCheckpointedTrainer
@@ -70,6 +70,8 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         init: which first responsibilities were (or would be) used.
         em: running evidence and responsibilities.
     """
+
+    objective: AbstractObjective
 
     # `compute_loss` divides by the weights of the whole accumulated batch itself.
     loss_is_scaled_for_ga = True

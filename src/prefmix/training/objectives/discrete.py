@@ -42,10 +42,11 @@ class DiscreteObjective(AbstractObjective):
     def _adapted_beta(self, lik: Likelihoods, q: EStep, weight: Float[Tensor, "B"]) -> Float[Tensor, "K"] | None:
         """[K] beta-DPO's beta of this pass over all processes, whose threshold moves on; None without it."""
         trainer, threshold = self.trainer, self.trainer.em.threshold
-        if threshold is None:
+        alpha = trainer.args.adaptive_beta
+        if threshold is None or alpha is None:
             return None
         margins, rows = gathered(trainer.readers, lik.margins, weight.unsqueeze(1) * q.log_q.exp())
-        found = adapt_beta(margins, rows, trainer._beta, threshold, alpha=trainer.args.adaptive_beta)
+        found = adapt_beta(margins, rows, trainer._beta, threshold, alpha=alpha)
         threshold.copy_(found.threshold)
         return found.beta
 
