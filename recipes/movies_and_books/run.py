@@ -335,7 +335,7 @@ def _parser() -> argparse.ArgumentParser:
         "--prompts", choices=("named", "quoted"), default="named", help="say film or book, or quote a review alone"
     )
     parser.add_argument("--people", type=int, default=36, help="of the metadata gate, in training and in test")
-    parser.add_argument("--person-rows", type=int, default=18, help="comparisons of each, for the metadata gate")
+    parser.add_argument("--person-rows", type=int, default=16, help="comparisons of each, for the metadata gate")
     parser.add_argument("--epochs", type=int, default=5, help="the best one on validation rows is kept")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
