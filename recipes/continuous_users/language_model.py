@@ -1,6 +1,6 @@
 """Types or blends, on a language model: heads of SmolLM2, users of one taste each and users who blend tastes.
 
-    python recipes/continuous_users/language_model.py --model smollm2 --seeds 0 1 2
+    python recipes/continuous_users/language_model.py --model smollm2
 
 Invented people judge real arguments (UKPConvArg1). Their three tastes are linear in what the language model sees of a
 text (principal directions of its mean states), so heads can learn them; nothing that is fitted reads tastes, weights or
@@ -57,18 +57,29 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     args = _parser().parse_args(arguments)
     torch.set_num_threads(1)
     settings = {name: value for name, value in vars(args).items() if name not in ("work_dir", "output")}
-    report: dict[str, Any] = {"settings": settings | {"model": Path(args.model).name}, "runs": []}
+    report: dict[str, Any] = {
+        "settings": settings | {"model": Path(args.model).name},
+        "runs": finished_runs(args.output),
+    }
     small, pool = argument_pool(args)
     for seed in args.seeds:
         for kind, alpha in KINDS.items():
-            report["runs"].append({"seed": seed, "kind": kind} | run_kind(small, pool, alpha, seed, args))
+            if any(run["seed"] == seed and run["kind"] == kind for run in report["runs"]):
+                continue
+            began = time.process_time()
+            run = {"seed": seed, "kind": kind} | run_kind(small, pool, alpha, seed, args)
+            report["runs"].append(run | {"cpu_seconds": time.process_time() - began})
             report["summary"] = summary(report["runs"])
-            report["cpu_seconds"] = time.process_time()
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
             print(json.dumps(report["runs"][-1]["scores"]), flush=True)
     print(json.dumps(report["summary"], indent=1))
     return report
+
+
+def finished_runs(path: Path) -> list[dict[str, Any]]:
+    """What an earlier call with the same output has done; delete the file after changing a setting."""
+    return list(json.loads(path.read_text(encoding="utf-8"))["runs"]) if path.exists() else []
 
 
 def argument_pool(args: argparse.Namespace) -> tuple[BaseModel, TextPool]:
@@ -193,7 +204,7 @@ def _options(args: argparse.Namespace, base: BaseModel) -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Types or blends of experts, on a language model.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--debates", nargs="+", default=["Firefox", "TV is better"])
