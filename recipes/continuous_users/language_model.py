@@ -28,6 +28,7 @@ from prefmix.data.simulation import Simulated, simulate
 from prefmix.data.simulation_options import SimulationOptions
 from prefmix.data.tokenization import tokenize_rows
 from prefmix.experiments.baselines import Arm, Splits, tokenize_splits, train_arm
+from prefmix.experiments.comparison_files import provenance
 from prefmix.experiments.demo import fast_dtype
 from prefmix.experiments.seen_vocabulary import seen_vocabulary
 from prefmix.experts.base_model import BaseModel, load_base

@@ -5,7 +5,6 @@ Legend: B comparisons, P features, U users, n comparisons told of a new person.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -67,29 +66,13 @@ def lift(prepared: Prepared, texts: Texts, column: Tensor) -> tuple[Prepared, Te
     return prepared._replace(**tables), texts._replace(features=longer(texts.features))
 
 
-def search(
-    method: str, prepared: Prepared, texts: Texts, single: linear.Types | None, known: Mapping[str, float]
-) -> dict[str, Any]:
-    """Validation log-loss of every configuration of a method's grid, and the best.
-
-    Args:
-        method: one of `linear.METHODS`.
-        prepared: a cut.
-        texts: features of its texts.
-        single: the fit of `single`, which the other methods are drawn to.
-        known: configuration as JSON -> log-loss found before, which is not computed again.
-    """
+def search(method: str, prepared: Prepared, texts: Texts, single: linear.Types | None, seed: int) -> list[float]:
+    """Validation log-loss of every configuration of a method's grid, fitted to the training rows of one cut."""
     if method in linear.DRAWN:
         assert single is not None
         prepared, texts = lift(prepared, texts, linear.everybodys(single, prepared.train))
-    losses = []
-    for config in linear.GRIDS[method]:
-        loss = known.get(json.dumps(config))
-        if loss is None:
-            loss = float(row_loss(linear.fit(method, config, prepared.train, 0, single), prepared.validation).mean())
-        losses.append(loss)
-    best = int(np.argmin(losses))
-    return {"grid": linear.GRIDS[method], "validation_log_loss": losses, "chosen": linear.GRIDS[method][best]}
+    fits = (linear.fit(method, config, prepared.train, seed, single) for config in linear.GRIDS[method])
+    return [float(row_loss(model, prepared.validation).mean()) for model in fits]
 
 
 def run_cell(

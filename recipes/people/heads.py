@@ -25,6 +25,7 @@ from figures import collect, interval
 from sets import NAMES, Row, cut, load_set, shuffle_users
 
 from prefmix.experiments.baselines import Arm, Splits, TrainedArm, tokenize_splits, train_arm
+from prefmix.experiments.comparison_files import provenance
 from prefmix.experiments.demo import fast_dtype
 from prefmix.experiments.seen_vocabulary import seen_vocabulary
 from prefmix.experts.base_model import BaseModel, load_base
@@ -143,7 +144,7 @@ def _report(found: Mapping[str, Sequence[tuple[Scored, dict[str, Any]]]], args: 
                 sums = collect([(*who, gain) for who, gain in zip(names, gains)])
                 by_arm[name][f"{figure}_minus_single"] = interval(sums)._asdict()
     settings = {name: value for name, value in vars(args).items() if name not in ("work_dir", "output")}
-    settings["model"] = Path(args.model).name
+    settings |= {"model": Path(args.model).name} | provenance()
     return {"settings": settings, "rows": len(found["single"][0][0].user), "arms": by_arm}
 
 

@@ -25,6 +25,7 @@ from run import RESULTS, read_or_keep
 from sets import NAMES, load_set
 from torch import Tensor
 
+from prefmix.experiments.comparison_files import provenance
 from prefmix.mixture.linear_em import ProbeData
 
 DIMS = (4, 8, 16, 32, 64)
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Both sweeps on every set; writes JSON and prints lines."""
     args = _parser().parse_args(arguments)
     torch.set_num_threads(1)
-    report: dict[str, Any] = {}
+    report: dict[str, Any] = {"settings": provenance()}
     for name in args.sets:
         people = load_set(name, max_users=args.max_users)
         found: dict[str, Any] = {"directions": {}, "comparisons": {}}

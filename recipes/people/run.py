@@ -11,22 +11,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import linear
+import numpy as np
 import torch
 from cells import prepare, run_cell, search
 from sets import NAMES, PeopleSet, load_set
 from states import Texts, read_texts
 from summary import pictures, print_tables, summarise
 
+from prefmix.experiments.comparison_files import provenance
 from prefmix.experiments.demo import fast_dtype
 from prefmix.experts.base_model import load_base
 
@@ -66,21 +65,23 @@ def read_or_keep(people: PeopleSet, args: argparse.Namespace, dim: int) -> Texts
 
 
 def _search(people: PeopleSet, texts: Texts, args: argparse.Namespace) -> dict[str, Any]:
-    """The configuration of every method, chosen once on validation rows, which no seed scores."""
+    """The configuration of every method: the least mean over seeds on validation rows, which no seed scores."""
     path = args.work_dir / f"search-{people.name}.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    prepared = None
     for method in linear.METHODS:
-        before = found.get(method, {"grid": [], "validation_log_loss": []})
-        if before["grid"] == linear.GRIDS[method]:
-            continue
-        prepared = prepared or prepare(people, 0, texts)
-        single = linear.fit("single", found["single"]["chosen"], prepared.train, 0) if method != "single" else None
-        assert single is None or isinstance(single, linear.Types)
-        known = {json.dumps(config): loss for config, loss in zip(before["grid"], before["validation_log_loss"])}
-        found[method] = search(method, prepared, texts, single, known)
+        entry = found.setdefault(method, {"grid": linear.GRIDS[method], "by_seed": {}})
+        for seed in args.seeds:
+            if str(seed) not in entry["by_seed"]:
+                prepared, single = prepare(people, seed, texts), None
+                if method != "single":
+                    single = linear.fit("single", found["single"]["chosen"], prepared.train, seed)
+                    assert isinstance(single, linear.Types)
+                entry["by_seed"][str(seed)] = search(method, prepared, texts, single, seed)
+                path.write_text(json.dumps(found, indent=1))
+        losses = np.mean([entry["by_seed"][str(seed)] for seed in args.seeds], axis=0)
+        entry |= {"validation_log_loss": losses.tolist(), "chosen": entry["grid"][int(losses.argmin())]}
         path.write_text(json.dumps(found, indent=1))
-        print(f"{people.name}, {method}: {found[method]['chosen']}", flush=True)
+        print(f"{people.name}, {method}: {entry['chosen']}", flush=True)
     return found
 
 
@@ -97,15 +98,8 @@ def _cell(
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    try:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
-    return {
-        "model": Path(args.model).name, "seeds": args.seeds, "dim": args.dim, "max_users": args.max_users,
-        "commit": commit, "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread",
-    }  # fmt: skip
+    settings = {name: value for name, value in vars(args).items() if name not in ("work_dir", "output")}
+    return settings | {"model": Path(args.model).name} | provenance()
 
 
 def _parser() -> argparse.ArgumentParser:
