@@ -58,10 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     args = _parser().parse_args(arguments)
     torch.set_num_threads(1)
     settings = {name: value for name, value in vars(args).items() if name not in ("work_dir", "output")}
-    report: dict[str, Any] = {
-        "settings": settings | {"model": Path(args.model).name},
-        "runs": finished_runs(args.output),
-    }
+    settings |= {"model": Path(args.model).name} | provenance()
+    report: dict[str, Any] = {"settings": settings, "runs": finished_runs(args.output)}
     small, pool = argument_pool(args)
     for seed in args.seeds:
         for kind, alpha in KINDS.items():
@@ -103,7 +101,7 @@ def argument_pool(args: argparse.Namespace) -> tuple[BaseModel, TextPool]:
     seen = pool_features(
         states.completion_mean, ATTRIBUTES, centre_by=torch.from_numpy(table.texts.prompt_index), spectrum_power=0.0
     )
-    names = [f"direction {index}" for index in range(ATTRIBUTES)]
+    names = [f"direction {index}" for index in range(seen.features.shape[1])]
     # Unit spread within a prompt; the difference of two texts has twice that variance.
     attributes = np.sqrt(0.5) * seen.features.double().numpy()
     texts_as_ids = [json.dumps([list(map(int, ids))]) for ids in table.texts.completion_ids]

@@ -59,7 +59,7 @@ def test_types_and_blends_on_a_language_model(
     base = tmp_path / "base"
     make_tiny_model().save_pretrained(base)
     tiny_tokenizer.save_pretrained(base)
-    options = "--dtype float32 --debates Firefox --max-words 12 --seeds 0 --users 8 --comparisons 8 --test-per-user 4"
+    options = "--dtype float32 --debates Firefox --max-words 30 --seeds 0 --users 8 --comparisons 8 --test-per-user 4"
     options += f" --epochs 1 --batch-size 64 --model {base} --work-dir {tmp_path / 'work'}"
     report = load("language_model").main([*options.split(), "--output", str(tmp_path / "found.json")])
     assert json.loads((tmp_path / "found.json").read_text()) == json.loads(json.dumps(report))
