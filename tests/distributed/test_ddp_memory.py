@@ -28,6 +28,7 @@ def test_two_processes_end_where_one_does(
         assert float(expected[key].std()) > 1e-4, key
     assert first.keys() == expected.keys()
     for key in expected:  # a fit of q stops within 1e-3 nats, and the E-step's network takes 300 steps
-        rough = key.startswith(("em.q_", "em.amortized", "em.resp", "em.threshold"))
+        # A global gate is the mean of the responsibilities, so it is as rough as they are.
+        rough = key.startswith(("em.q_", "em.amortized", "em.resp", "em.threshold", "model.gate"))
         tolerance = {"rtol": 1e-3, "atol": 1e-4} if rough else {"rtol": 1e-4, "atol": 1e-5}
-        torch.testing.assert_close(first[key], expected[key], **tolerance)
+        torch.testing.assert_close(first[key], expected[key], **tolerance, msg=lambda text, key=key: f"{key}: {text}")
