@@ -227,14 +227,13 @@ class Study:
         policies = {name: choice.trained.policy for name, choice in choices.items()}
         judge.frontier("single", policies[SINGLE], [0], ["all"])
         orders = {}
-        for name in (MIXTURE, FIXED, ANONYMOUS):
+        for name in (MIXTURE, FIXED, ORACLE, ANONYMOUS):
             rows = comparisons.validation if name == ANONYMOUS else comparisons.train
             orders[name] = expert_of_objective(policies[name], rows, OBJECTIVES)
         judge.frontier(MIXTURE, policies[MIXTURE], orders[MIXTURE], OBJECTIVES)
         judge.write("equal", policies[MIXTURE], [1.0] * num, decoder="mixture")
         judge.blend(policies[MIXTURE], num)
-        judge.specialists(ORACLE, policies[ORACLE], range(num), OBJECTIVES)
-        for name in (FIXED, ANONYMOUS):
+        for name in (ORACLE, FIXED, ANONYMOUS):
             judge.specialists(name, policies[name], orders[name], OBJECTIVES)
         record["expert_of_objective"] = orders
         found = diagnose_policy(policies[ANONYMOUS], comparisons.without_ids().test, ANONYMOUS)
