@@ -40,6 +40,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from prefmix.policy.folder import RECORD_FILE
 from prefmix.training import checkpoint, persistence
 from prefmix.training.config import MixtureConfig
 from prefmix.training.trainer import MixtureTrainer
@@ -93,13 +94,17 @@ def digest(trainer: MixtureTrainer) -> dict[str, str]:
     lines = [json.loads(line) for line in (run_dir / persistence.METRICS).read_text().splitlines()]
     metrics = [{k: v for k, v in line.items() if not any(t in k for t in TIMES)} for line in lines]
     policy = run_dir / persistence.POLICY
-    saved = [file for file in sorted(policy.rglob("*")) if file.suffix in (".safetensors", ".json")]
+    # What a run cost (training.json) differs from run to run, and the manifest leaves it out as well.
+    saved = [
+        file for file in sorted(policy.rglob("*"))
+        if file.suffix in (".safetensors", ".json") and file.name not in ("manifest.json", RECORD_FILE)
+    ]  # fmt: skip
     return {
         "parameters": _hash(sorted(trainer._trained_tensors().items())),
         "optimizer": _hash(sorted(optimizer["state"].items())),
         "evidence": _hash(sorted(trainer.em.state_dict().items())),
         "metrics": _hash(metrics),
-        "policy": _hash([(file.name, file.read_bytes()) for file in saved if "manifest" not in file.name]),
+        "policy": _hash([(file.name, file.read_bytes()) for file in saved]),
     }
 
 
