@@ -177,3 +177,11 @@ def test_written_rows_are_sound_and_do_not_hold_the_truth(tmp_path) -> None:
 def test_what_cannot_be_planted_is_named(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         simulate(POOLS, replace(SMALL, **wrong))
+
+
+def test_debates_that_lose_a_side_are_left_out() -> None:
+    short = argument_pools(max_words=30)["train"]
+    assert 0 < len(short.prompts) < len(argument_pools()["train"].prompts)
+    assert max(len(text.split()) for text in short.texts) <= 30
+    with pytest.raises(ValueError, match="max_words=3"):
+        argument_pools(max_words=3)

@@ -97,8 +97,14 @@ def argument_pools(*, max_words: int | None = 60, seed: int = 0) -> dict[str, Te
     Args:
         max_words: leave longer arguments out.
         seed: decides which texts are for testing.
+
+    Raises:
+        ValueError: so few words that no debate keeps arguments of both sides.
     """
-    sides = convarg_sides(max_words=max_words)
+    found_sides = convarg_sides(max_words=max_words)
+    sides = {prompt: both for prompt, both in found_sides.items() if len(both) == 2 and all(both.values())}
+    if not sides:
+        raise ValueError(f"max_words={max_words}: no debate has arguments that short on both sides; allow more words")
     # A text that stands on both sides of a debate is counted once, on the first.
     side_of = [
         {text: 1.0 - 2.0 * side for side in (1, 0) for text in list(both.values())[side]} for both in sides.values()
