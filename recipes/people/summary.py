@@ -121,6 +121,9 @@ def print_tables(report: Mapping[str, Any]) -> None:
             if method != "told":
                 cells = [f"{entry['log_loss']:.3f}" + _star(entry.get("minus_single")) for entry in entries]
                 print(f"| {TITLES[method]} | {' | '.join(cells)} |")
+        if "ranking" in found:
+            print("\n| ranking held-out things | NDCG@10 | minus single | first is liked | minus single |")
+            print("| --- |" + " --- |" * 4)
         for method, figures in found.get("ranking", {}).items():
             shown = [_with_interval(figures[figure]) for figure in ("ndcg", "top")]
             gains = [_with_interval(figures.get(f"{figure}_minus_single")) for figure in ("ndcg", "top")]
