@@ -189,7 +189,9 @@ def _cut_judgements(rows: Sequence[Row], seed: int) -> dict[str, list[Row]]:
     for index, user in enumerate(sorted(by_user)):
         for row, place in zip(by_user[user], _parts_of(len(by_user[user]), (13, index), seed)):
             found[PARTS[place]].append(row)
-    return found
+    # The file goes debate by debate: the first judgements told of a person must not be all of one.
+    rng = np.random.default_rng([seed, 4])
+    return {part: [kept[index] for index in rng.permutation(len(kept))] for part, kept in found.items()}
 
 
 def _ranked(people: PeopleSet, seed: int, new: set[str]) -> list[Rated]:
