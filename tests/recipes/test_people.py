@@ -54,14 +54,6 @@ def jokes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFMIX_DATA", str(tmp_path / "data"))
 
 
-@pytest.fixture
-def base_folder(make_tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> Path:
-    folder = tmp_path / "base"
-    make_tiny_model().save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
 def test_both_layers_run_and_report(
     load: Callable[[str], ModuleType], jokes: None, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

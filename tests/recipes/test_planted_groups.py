@@ -44,14 +44,6 @@ def reviews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFMIX_DATA", str(tmp_path / "data"))
 
 
-@pytest.fixture
-def base_folder(make_tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> Path:
-    folder = tmp_path / "base"
-    make_tiny_model().save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
 def test_recipe_trains_every_arm_and_writes_what_it_found(
     recipe: Callable[[str], ModuleType], reviews: None, base_folder: Path, tmp_path: Path, capsys: Any
 ) -> None:

@@ -139,39 +139,28 @@ def _soup(arm: Arm, place: Workplace) -> Fitted:
 
 
 def _probe(arm: Arm, place: Workplace) -> Fitted:
-    table, options = place.splits.train, {"probe_dim": 64, **place.options, **arm.options}
-    return fitted_probe(
-        table,
-        place.states(table),
-        num_experts=options["num_experts"],
-        dim=options["probe_dim"],
-        ridge=arm.setting("ridge"),
-        seed=place.seed,
-    )
+    return _fit_linear(fitted_probe, arm, place)
 
 
 def _low_rank_reward(arm: Arm, place: Workplace) -> Fitted:
-    table, options = place.splits.train, {"probe_dim": 64, **place.options, **arm.options}
-    return fitted_low_rank_reward(
-        table,
-        place.states(table),
-        num_rewards=options["num_experts"],
-        dim=options["probe_dim"],
-        ridge=arm.setting("ridge"),
-        user_variance=arm.setting("user_variance"),
-        seed=place.seed,
-    )
+    return _fit_linear(fitted_low_rank_reward, arm, place, user_variance=arm.setting("user_variance"))
 
 
 def _latent(arm: Arm, place: Workplace) -> Fitted:
+    return _fit_linear(fitted_latent, arm, place)
+
+
+def _fit_linear(fit: Callable[..., Fitted], arm: Arm, place: Workplace, **own: Any) -> Fitted:
+    """As many linear rewards as the mixture has experts, on the probe's directions of the training texts' states."""
     table, options = place.splits.train, {"probe_dim": 64, **place.options, **arm.options}
-    return fitted_latent(
+    return fit(
         table,
         place.states(table),
         num_rewards=options["num_experts"],
         dim=options["probe_dim"],
         ridge=arm.setting("ridge"),
         seed=place.seed,
+        **own,
     )
 
 

@@ -55,7 +55,7 @@ def training_rows(table: ComparisonTable, states: TrunkStates, dim: int) -> Trai
 
 
 def fitted_probe(
-    table: ComparisonTable, states: TrunkStates, *, num_experts: int, dim: int, ridge: float | None, seed: int
+    table: ComparisonTable, states: TrunkStates, *, num_rewards: int, dim: int, ridge: float | None, seed: int
 ) -> Fitted:
     """The probe: a mixture of K linear rewards, each user's posterior from their training comparisons."""
     rows = training_rows(table, states, dim)
@@ -65,7 +65,7 @@ def fitted_probe(
         torch.from_numpy(table.rejected),
         rows.data.group,
         rows.data.num_groups,
-        num_experts,
+        num_rewards,
         weight=rows.data.weight,
         ridge=ridge,
         generator=torch.Generator().manual_seed(seed),

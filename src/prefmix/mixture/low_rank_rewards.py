@@ -13,7 +13,6 @@ Relations: `membership_em` with `log_linear` is the same model with a posterior 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,7 +20,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from prefmix.mixture.lbfgs import maximise
 from prefmix.mixture.linear_em import ProbeData, fit_linear_em
+
+TOLERANCE = 1e-10  # of L-BFGS: optima to 1e-6 nats a row, where references agree
 
 
 class LowRankRewards(NamedTuple):
@@ -88,7 +90,9 @@ def fit_low_rank_rewards(
         model = LowRankRewards(found[0], found[1], user_variance)
         return penalised_log_lik(rows, model, found[2], ridge)
 
-    value = _maximise(objective, found, max_steps, float(rows.weight.sum()))
+    scale = float(rows.weight.sum())
+    maximise(objective, found, max_steps=max_steps, scale=scale, tolerance_change=TOLERANCE)
+    value = float(objective().detach())
     coefficients, logits, users = (part.detach() for part in found)
     return LowRankFit(LowRankRewards(coefficients, logits, user_variance), users, value)
 
@@ -98,7 +102,13 @@ def fit_users(model: LowRankRewards, data: ProbeData, max_steps: int = 100) -> F
     rows = ProbeData(data.difference.double(), data.group, data.weight.double(), data.num_groups)
     users = torch.zeros(data.num_groups, len(model.logits), dtype=torch.float64, requires_grad=True)
     if len(rows.group):
-        _maximise(lambda: penalised_log_lik(rows, model, users, 0.0), [users], max_steps, 1.0)
+        maximise(
+            lambda: penalised_log_lik(rows, model, users, 0.0),
+            [users],
+            max_steps=max_steps,
+            scale=1.0,
+            tolerance_change=TOLERANCE,
+        )
     return users.detach()
 
 
@@ -123,19 +133,3 @@ def user_margins(
     """
     weights = torch.softmax(model.logits + user_logits, dim=-1)
     return (weights * (difference.double() @ model.coefficients.T)).sum(dim=-1)
-
-
-def _maximise(objective: Callable[[], Tensor], parameters: list[Tensor], max_steps: int, scale: float) -> float:
-    optimizer = torch.optim.LBFGS(
-        parameters, max_iter=max_steps, history_size=20, tolerance_change=1e-10, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = -objective() / scale
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    with torch.no_grad():
-        return float(objective())

@@ -13,7 +13,6 @@ Source: deterministic ADVI (Giordano et al. 2024) with L-BFGS; q is polished by 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from prefmix.mixture.lbfgs import maximise
 from prefmix.mixture.linear_em import WEIGHT_CONCENTRATION, LinearEM, ProbeData, fit_linear_em
 from prefmix.mixture.membership import (
     LOADING_VARIANCE,
@@ -108,7 +108,7 @@ def fit_membership(
         elbo = (log_lik.mean(dim=0) * data.weight).sum() - kl_to_prior(q).sum()
         return elbo + _log_prior(model, ridge)
 
-    _maximise(objective, parameters, max_steps, float(data.weight.sum()))
+    maximise(objective, parameters, max_steps=max_steps, scale=float(data.weight.sum()), tolerance_change=1e-9)
     model = _model([value.detach() for value in parameters], combine)
     polished = fit_users(
         linear_rows(model, data), model.loading, combine, noise, start=GaussianQ(*parameters[3:]), steps=20
@@ -159,18 +159,3 @@ def _model(parameters: list[Tensor], combine: Combination) -> LinearMembership:
 def _log_prior(model: LinearMembership, ridge: float) -> Float[Tensor, ""]:
     gaussian = -0.5 * ridge * model.coefficients.square().sum() - 0.5 / LOADING_VARIANCE * model.loading.square().sum()
     return gaussian + (WEIGHT_CONCENTRATION - 1.0) * model.gate_log_weights.sum()
-
-
-def _maximise(objective: Callable[[], Tensor], parameters: list[Tensor], max_steps: int, scale: float) -> None:
-    """L-BFGS on a deterministic objective, divided by `scale` so that tolerances mean the same for all data sets."""
-    optimizer = torch.optim.LBFGS(
-        parameters, max_iter=max_steps, history_size=20, tolerance_change=1e-9, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = -objective() / scale
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
