@@ -21,8 +21,6 @@ from prefmix.evaluation.rewards import Reward
 from prefmix.evaluation.text_statistics import distinct_share, overlap_within_prompts, repetition
 from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.policy.prompts import prompt_token_ids
-from prefmix.policy.responses import Response
-from prefmix.policy.streaming import decode_response
 from prefmix.policy.text_scores import text_log_probs
 
 BATCH = 256  # sequences decoded together; more no longer help on a CPU (their caches and logits leave its caches)
@@ -117,20 +115,12 @@ def sample_responses(
     expert = scored.log_probs.double()
     return Samples(
         prompts,
-        [_continuation(policy, prompts[i], response) for i, response in written],
+        [response.text for _, response in written],
         [response.token_ids for _, response in written],
         torch.logsumexp(log_weights + expert, dim=1).numpy(),
         expert.numpy(),
         scored.ref_log_probs[:, 0].double().numpy(),
     )
-
-
-def _continuation(policy: MixturePolicy, prompt: str, response: Response) -> str:
-    """The response as it stands after its prompt: some tokenizers lose the space before a text's first word."""
-    ids = prompt_token_ids(prompt, policy.tokenizer)
-    before = decode_response(policy.tokenizer, ids)
-    whole = decode_response(policy.tokenizer, ids + response.token_ids)
-    return whole[len(before) :] if whole.startswith(before) else response.text
 
 
 def reward_columns(samples: Samples, rewards: Mapping[str, Reward]) -> Float[np.ndarray, "N R"]:

@@ -330,6 +330,9 @@ class MixturePolicy:
         log_weights = self._generation_weights(weights, token_ids, *rows)
         token_ids = [ids for ids in token_ids for _ in range(num_return_sequences)]
         call = self._generation_call(token_ids, log_weights.repeat_interleave(num_return_sequences, 0), decoder, seed)
+        # A message's content stands alone: the space that a template may put before it is the template's.
+        texts = [isinstance(entry, str) for entry in prompts for _ in range(num_return_sequences)]
+        call["text_before"] = [ids if text else [] for text, ids in zip(texts, token_ids, strict=True)]
         if stream:
             return stream_response(options=options, **call)
         responses = write_responses(options=options, **call)

@@ -22,7 +22,7 @@ class Response(NamedTuple):
     """One response and how it came about.
 
     Attributes:
-        text: what was written, without special tokens.
+        text: what was written, without special tokens; after a prompt of text, prompt + text reads on.
         token_ids: T tokens, the end-of-sequence token included.
         log_prob: sum_t log p(y_t | y_<t) of the processed, mixed distribution, nats.
         log_rho: [T + 1, K] log rho(0), the decoder's start, to log rho(T), the posterior over experts given the
@@ -69,10 +69,15 @@ def write_responses(
     log_rho: Float[Tensor, "B K"],
     options: SamplingOptions,
     *,
+    text_before: Sequence[Sequence[int]],
     eos_token_ids: Collection[int],
     generator: torch.Generator,
 ) -> list[Response]:
-    """Decodes B prompts together; `prompt` holds them all, other arguments as those of `generation.decode`."""
+    """Decodes B prompts together.
+
+    `prompt` holds them all, `text_before` the tokens of those whose text the response goes on (`decode_response`);
+    other arguments as those of `generation.decode`.
+    """
     token_ids: list[list[int]] = [[] for _ in log_rho]
     trajectories = [[start] for start in log_rho.cpu().double()]
     log_probs = [0.0] * len(log_rho)
@@ -84,7 +89,7 @@ def write_responses(
             log_probs[row] += log_prob
     return [
         Response(
-            text=decode_response(tokenizer, token_ids[row]),
+            text=decode_response(tokenizer, token_ids[row], text_before[row]),
             token_ids=token_ids[row],
             log_prob=log_probs[row],
             log_rho=torch.stack(trajectories[row]),
@@ -102,11 +107,12 @@ def stream_response(
     log_rho: Float[Tensor, "1 K"],
     options: SamplingOptions,
     *,
+    text_before: Sequence[Sequence[int]],
     eos_token_ids: Collection[int],
     generator: torch.Generator,
 ) -> Iterator[str]:
     """Decodes one prompt (B = 1) and yields pieces of text whose concatenation is the response."""
-    stream = TextStream(tokenizer)
+    stream = TextStream(tokenizer, text_before[0])
     for step in decode(experts, *prompt, log_rho, options, eos_token_ids=eos_token_ids, generator=generator):
         piece = stream.push(int(step.tokens[0]))
         if piece:

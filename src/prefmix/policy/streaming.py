@@ -1,6 +1,12 @@
-"""Text from tokens as they come: pieces that joined equal the decoded response, never half a character."""
+"""Text from tokens as they come: pieces that joined equal the decoded response, never half a character.
+
+A response that goes on a text is decoded as what follows that text, so that prompt + response reads rightly: decoders
+of SentencePiece tokenizers (Llama's, Gemma's) drop a space before the first word of whatever they decode.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,11 +19,12 @@ class TextStream:
     character is incomplete (U+FFFD: bytes of one character may be spread over several tokens).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text_before: Sequence[int] = ()) -> None:
+        """Starts after the tokens `text_before`, which are context and not written."""
         self._tokenizer = tokenizer
-        self._token_ids: list[int] = []
+        self._token_ids = list(text_before)
         self._context_start = 0
-        self._written = 0
+        self._written = len(self._token_ids)
 
     def push(self, token_id: int) -> str:
         """Reads a token and returns the text that has become certain, often empty."""
@@ -35,15 +42,33 @@ class TextStream:
         return piece
 
     def _pending(self) -> str:
-        context = self._decode(self._token_ids[self._context_start : self._written])
-        return self._decode(self._token_ids[self._context_start :])[len(context) :]
-
-    def _decode(self, token_ids: list[int]) -> str:
-        return decode_response(self._tokenizer, token_ids)
+        context = _decode(self._tokenizer, self._token_ids[self._context_start : self._written])
+        return _decode(self._tokenizer, self._token_ids[self._context_start :])[len(context) :]
 
 
-def decode_response(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
-    """The text of response tokens, special tokens left out and spaces as they were written."""
-    text = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def decode_response(
+    tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], text_before: Sequence[int] = ()
+) -> str:
+    """The text of response tokens, special tokens left out and spaces as they were written.
+
+        text(before + response) without its first len(text(before)) characters
+
+    Args:
+        tokenizer: of both.
+        token_ids: the response.
+        text_before: tokens of the text that the response goes on, spaces at the boundary included; none where it stands
+            alone, as the content of a message does.
+    """
+    before, whole = _decode(tokenizer, text_before), _decode(tokenizer, [*text_before, *token_ids])
+    text = whole[len(before) :]
+    if "\ufffd" not in text:
+        return text
+    # Bytes that are no character make some decoders lose the valid bytes beside them, which a stream has written.
+    stream = TextStream(tokenizer, text_before)
+    return "".join([*(stream.push(token) for token in token_ids), stream.flush()])
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    text = tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
