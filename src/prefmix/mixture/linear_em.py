@@ -1,10 +1,19 @@
 """Annealed EM for a mixture of linear Bradley-Terry rewards, batched over starts and experts.
 
-Legend: B comparisons, P features, G groups, K experts, S starts.
+The prior of the rewards is Gaussian, and may pool them (partial pooling of a hierarchical model):
+
+    log p(c) = - ridge/2 sum_k |c_k|^2 - pooling/2 sum_k |c_k - mean_j c_j|^2
+
+which is c_k = shared + deviation_k with deviation_k ~ N(0, 1/(ridge + pooling)) and shared ~ N(0, v), where
+v = pooling / (K ridge (ridge + pooling)), the shared part integrated out. So `ridge` holds what all experts want in
+common, and `ridge + pooling` what they want differently. 0: independent experts; infinite: one reward under K ridge.
+
+Legend: B comparisons, P features, G groups, K experts, S starts. Source: Gelman & Hill 2007, chapter 12.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -51,7 +60,7 @@ class LinearEM(NamedTuple):
         log_weights: [S, K] log w.
         coefficients: [S, K, P] c_k.
         log_evidence: [S] sum_g log sum_k w_k prod_i p_ik, nats.
-        penalised: [S] log evidence - ridge/2 sum_k |c_k|^2 + sum_k (a - 1) log w_k (constants left out).
+        penalised: [S] log evidence + log p(c) + sum_k (a - 1) log w_k (constants left out).
         trace: [iterations, S] penalised evidence before each M-step; it never falls once the temperature is 1.
     """
 
@@ -75,6 +84,7 @@ def fit_linear_em(
     tolerance: float = 1e-7,
     weight_concentration: float = WEIGHT_CONCENTRATION,
     first_resp: Float[Tensor, "S G K"] | None = None,
+    pooling: Float[Tensor, "S"] | None = None,
 ) -> LinearEM:
     """Generalised EM: exact E-steps (softened by a falling temperature), one safeguarded Newton step per M-step.
 
@@ -90,9 +100,11 @@ def fit_linear_em(
         weight_concentration: a >= 1 of the Dirichlet prior of the weights, the balance prior: 1 is flat, and each
             unit more is a pseudo-group for every expert, which draws the mean responsibilities together.
         first_resp: [S, G, K] responsibilities to start from, in place of random ones; rows of NaN are drawn.
+        pooling: [S] precision that draws experts to their mean, on top of the ridge; None: 0, independent experts.
     """
     starts, difference = len(ridge), data.difference
     ridge = ridge.to(difference)
+    pooling = None if pooling is None else pooling.to(difference)
     filled = torch.bincount(data.group, minlength=data.num_groups) > 0
     draws = torch.empty(starts, data.num_groups, num_experts).exponential_(generator=generator).to(difference)
     resp = draws / draws.sum(dim=-1, keepdim=True)
@@ -101,10 +113,10 @@ def fit_linear_em(
     coefficients = difference.new_zeros(starts, num_experts, difference.shape[1])
     trace: list[Tensor] = []
     for step in range(max_steps):
-        coefficients = newton_step(data, resp, coefficients, ridge)
+        coefficients = newton_step(data, resp, coefficients, ridge, pooling)
         log_weights = _weights(resp, filled, weight_concentration)
         log_resp, evidence = expectation(data, log_weights, coefficients)
-        trace.append(evidence + log_prior(log_weights, coefficients, ridge, weight_concentration))
+        trace.append(evidence + log_prior(log_weights, coefficients, ridge, weight_concentration, pooling))
         if step < anneal_steps:
             tau = temperature(step / anneal_steps, anneal, 1.0)
             softened = log_resp / tau if step + 1 < anneal_steps else _leave_saddle(log_resp, filled)
@@ -133,12 +145,20 @@ def log_prior(
     coefficients: Float[Tensor, "S K P"],
     ridge: Float[Tensor, "S"],
     weight_concentration: float = WEIGHT_CONCENTRATION,
+    pooling: Float[Tensor, "S"] | None = None,
 ) -> Float[Tensor, "S"]:
-    """Log prior of coefficients and weights up to constants: -ridge/2 sum |c|^2 + (a - 1) sum log w, nats."""
+    """Log prior of coefficients and weights up to constants: log p(c) + (a - 1) sum log w, nats."""
     gaussian = -0.5 * ridge * coefficients.square().sum(dim=(1, 2))
+    if pooling is not None:
+        gaussian = gaussian - 0.5 * pooling * spread(coefficients)
     if weight_concentration == 1.0:
         return gaussian
     return gaussian + (weight_concentration - 1.0) * log_weights.sum(dim=1)
+
+
+def spread(coefficients: Float[Tensor, "*S K P"]) -> Float[Tensor, "*S"]:
+    """sum_k |c_k - mean_j c_j|^2."""
+    return (coefficients - coefficients.mean(dim=-2, keepdim=True)).square().sum(dim=(-2, -1))
 
 
 def newton_step(
@@ -146,12 +166,14 @@ def newton_step(
     resp: Float[Tensor, "S G K"],
     coefficients: Float[Tensor, "S K P"],
     ridge: Float[Tensor, "S"],
+    pooling: Float[Tensor, "S"] | None = None,
 ) -> Float[Tensor, "S K P"]:
-    """One Newton step of every expert's q-weighted logistic regression, halved until its objective does not fall.
+    """One Newton step of the M-step's q-weighted logistic regressions, halved until their objective does not fall.
 
-    The objective is sum_i a_i q_gk log sigmoid(c_k . d_i) - ridge/2 |c_k|^2, concave in c_k.
+    The objective is sum_ik a_i q_gk log sigmoid(c_k . d_i) + log p(c), concave in c. Without pooling it falls apart
+    into one for each expert, and so do the halvings.
     """
-    starts, num_experts, num_features = coefficients.shape
+    starts, num_experts, _ = coefficients.shape
     flat = coefficients.flatten(0, 1)
     penalty = ridge.repeat_interleave(num_experts)
     row_weight = resp.transpose(0, 1).flatten(1)[data.group] * data.weight.unsqueeze(1)
@@ -162,27 +184,49 @@ def newton_step(
     # One product per start and expert: a batched one would hold S K copies of the differences.
     hessian = torch.stack([data.difference.T @ (data.difference * column.unsqueeze(1)) for column in curvature.T])
     hessian.diagonal(dim1=1, dim2=2).add_(penalty.unsqueeze(1))
-    direction = torch.linalg.solve(hessian, gradient.unsqueeze(2)).squeeze(2)
-    moved = _backtrack(data, row_weight, penalty, flat, direction, margin)
-    return moved.view(starts, num_experts, num_features)
+    if pooling is None:
+        direction = torch.linalg.solve(hessian, gradient.unsqueeze(2)).squeeze(2)
+    else:
+        away = coefficients - coefficients.mean(dim=1, keepdim=True)
+        pulled = gradient.view_as(away) - pooling.view(-1, 1, 1) * away
+        direction = _pooled_direction(hessian.unflatten(0, (starts, num_experts)), pulled, pooling).flatten(0, 1)
+
+    def objective(c: Tensor, m: Tensor) -> Tensor:
+        each = (row_weight * logsigmoid(m)).sum(dim=0) - 0.5 * penalty * c.square().sum(dim=1)
+        if pooling is None:
+            return each
+        by_start = each.view(starts, num_experts).sum(dim=1) - 0.5 * pooling * spread(c.view_as(coefficients))
+        return by_start.repeat_interleave(num_experts)
+
+    return _backtrack(objective, flat, direction, margin, data.difference @ direction.T).view_as(coefficients)
+
+
+def _pooled_direction(
+    hessian: Float[Tensor, "S K P P"], gradient: Float[Tensor, "S K P"], pooling: Float[Tensor, "S"]
+) -> Float[Tensor, "S K P"]:
+    """Solves H_k x_k + pooling (x_k - mean x) = g_k for all experts of a start.
+
+    With A_k = H_k + pooling I:   x_k = A_k^-1 (g_k + pooling mean x),   (sum_k A_k^-1 H_k) mean x = sum_k A_k^-1 g_k,
+    as I - pooling A_k^-1 = A_k^-1 H_k. Nothing is subtracted, so any pooling is exact.
+    """
+    strength = pooling.view(-1, 1, 1)
+    held = hessian.clone()
+    held.diagonal(dim1=2, dim2=3).add_(strength)
+    solved = torch.linalg.solve(held, torch.cat([hessian, gradient.unsqueeze(3)], dim=3)).sum(dim=1)
+    mean = torch.linalg.solve(solved[..., :-1], solved[..., -1])
+    return torch.linalg.solve(held, (gradient + strength * mean.unsqueeze(1)).unsqueeze(3)).squeeze(3)
 
 
 def _backtrack(
-    data: ProbeData,
-    row_weight: Float[Tensor, "B SK"],
-    penalty: Float[Tensor, "SK"],
+    objective: Callable[[Tensor, Tensor], Tensor],
     flat: Float[Tensor, "SK P"],
     direction: Float[Tensor, "SK P"],
     margin: Float[Tensor, "B SK"],
+    margin_step: Float[Tensor, "B SK"],
 ) -> Float[Tensor, "SK P"]:
-    """Halves the step of the experts whose objective fell; an expert that cannot improve stays."""
-
-    def objective(c: Tensor, m: Tensor) -> Tensor:
-        return (row_weight * logsigmoid(m)).sum(dim=0) - 0.5 * penalty * c.square().sum(dim=1)
-
+    """Halves the step of the experts whose objective fell; one that cannot improve stays."""
     before = objective(flat, margin)
-    margin_step = data.difference @ direction.T
-    size = torch.ones_like(penalty)
+    size = torch.ones_like(before)
     for _ in range(HALVINGS):
         fell = objective(flat + size.unsqueeze(1) * direction, margin + size * margin_step) < before
         if not fell.any():

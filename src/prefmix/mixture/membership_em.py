@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from prefmix.mixture.lbfgs import maximise
-from prefmix.mixture.linear_em import WEIGHT_CONCENTRATION, LinearEM, ProbeData, fit_linear_em
+from prefmix.mixture.linear_em import WEIGHT_CONCENTRATION, LinearEM, ProbeData, fit_linear_em, spread
 from prefmix.mixture.membership import (
     LOADING_VARIANCE,
     Combination,
@@ -76,6 +76,7 @@ def fit_membership(
     *,
     combine: Combination = "mixture",
     ridge: float = 1.0,
+    pooling: float = 0.0,
     samples: int = 16,
     restarts: int = 4,
     max_steps: int = 200,
@@ -89,13 +90,17 @@ def fit_membership(
         dim: d, at most K - 1 says everything.
         combine: `mixture` or `log_linear`.
         ridge: precision of the coefficients' prior.
+        pooling: precision that draws rewards to their mean, on top of the ridge (`linear_em`); 0: independent rewards.
         samples: S, fixed draws for each user.
         restarts: starts of the discrete fit that this one begins with.
         max_steps: of L-BFGS.
         generator: of those starts; None seeds one with 0.
     """
     generator = generator or torch.Generator().manual_seed(0)
-    discrete = fit_linear_em(data, num_experts, torch.full((restarts,), ridge), anneal=4.0, generator=generator)
+    discrete = fit_linear_em(
+        data, num_experts, torch.full((restarts,), ridge), anneal=4.0, generator=generator,
+        pooling=torch.full((restarts,), pooling) if pooling else None,
+    )  # fmt: skip
     start = _start(data, discrete, dim, combine)
     noise = standard_draws(samples, dim).to(data.difference)
     q = fit_users(linear_rows(start, data), start.loading, combine, noise, steps=10).q
@@ -106,7 +111,7 @@ def fit_membership(
         model, q = _model(parameters, combine), GaussianQ(*parameters[3:])
         log_lik = rows_log_lik(linear_rows(model, data), model.loading, sample_z(q, noise.unsqueeze(1)), combine)
         elbo = (log_lik.mean(dim=0) * data.weight).sum() - kl_to_prior(q).sum()
-        return elbo + _log_prior(model, ridge)
+        return elbo + _log_prior(model, ridge, pooling)
 
     maximise(objective, parameters, max_steps=max_steps, scale=float(data.weight.sum()), tolerance_change=1e-9)
     model = _model([value.detach() for value in parameters], combine)
@@ -114,7 +119,7 @@ def fit_membership(
         linear_rows(model, data), model.loading, combine, noise, start=GaussianQ(*parameters[3:]), steps=20
     )
     elbo = polished.elbo.sum()
-    return MembershipEM(model, polished.q, float(elbo), float(elbo + _log_prior(model, ridge)))
+    return MembershipEM(model, polished.q, float(elbo), float(elbo + _log_prior(model, ridge, pooling)))
 
 
 def membership_predict(
@@ -156,6 +161,7 @@ def _model(parameters: list[Tensor], combine: Combination) -> LinearMembership:
     return LinearMembership(parameters[0], torch.log_softmax(parameters[1], dim=0), parameters[2], combine)
 
 
-def _log_prior(model: LinearMembership, ridge: float) -> Float[Tensor, ""]:
-    gaussian = -0.5 * ridge * model.coefficients.square().sum() - 0.5 / LOADING_VARIANCE * model.loading.square().sum()
+def _log_prior(model: LinearMembership, ridge: float, pooling: float) -> Float[Tensor, ""]:
+    rewards = -0.5 * ridge * model.coefficients.square().sum() - 0.5 * pooling * spread(model.coefficients)
+    gaussian = rewards - 0.5 / LOADING_VARIANCE * model.loading.square().sum()
     return gaussian + (WEIGHT_CONCENTRATION - 1.0) * model.gate_log_weights.sum()

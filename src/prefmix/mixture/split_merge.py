@@ -38,6 +38,7 @@ def split_and_merge(
     rounds: int = 4,
     max_steps: int = 200,
     weight_concentration: float = WEIGHT_CONCENTRATION,
+    pooling: float | None = None,
 ) -> LinearEM:
     """Improves the best start of a fit until no candidate raises its penalised evidence.
 
@@ -48,6 +49,7 @@ def split_and_merge(
         rounds: times that all candidates are tried, at most.
         max_steps: EM steps of a candidate.
         weight_concentration: of the weights' prior that was used.
+        pooling: of the coefficients' prior that was used (`linear_em`); None: 0.
 
     Returns:
         One start (S = 1), with at least the penalised evidence of the best given. Fits of fewer than three experts
@@ -62,6 +64,7 @@ def split_and_merge(
             data, len(coefficients), torch.full((len(starts),), ridge), anneal=1.0, anneal_steps=0,
             generator=torch.Generator().manual_seed(0), max_steps=max_steps, first_resp=starts,
             weight_concentration=weight_concentration,
+            pooling=None if pooling is None else torch.full((len(starts),), pooling),
         )  # fmt: skip
         winner = int(tried.penalised.argmax())
         if tried.penalised[winner] <= best.penalised[0] + 1e-4:
