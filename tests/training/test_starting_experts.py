@@ -124,6 +124,32 @@ def test_adapters_are_starts(make_trainer: Make, trained: Path, tmp_path: Path) 
     assert torch.allclose(found, given[:, [1, 0]], atol=1e-3)
 
 
+@pytest.mark.parametrize("num_experts", [1, 3])
+def test_another_number_of_experts_is_refused(
+    make_trainer: Make, trained: Path, tmp_path: Path, num_experts: int
+) -> None:
+    with pytest.raises(ValueError, match=rf"policy has 2 experts, not num_experts={num_experts}; set num_experts=2"):
+        make_trainer(tmp_path / "second", init_experts=[str(trained)], num_experts=num_experts)
+
+
+def test_a_policy_is_named_alone(make_trainer: Make, trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a policy among 2 names; name one policy alone"):
+        make_trainer(tmp_path / "second", init_experts=[str(trained), str(trained / "expert_1")])
+
+
+def test_one_adapter_for_all_makes_equal_experts(make_trainer: Make, trained: Path, tmp_path: Path) -> None:
+    """Their own posteriors are uniform at every step: something else must part them, and a gate alone cannot."""
+    one = [str(trained / "expert_0")]
+    trainer = make_trainer(tmp_path / "second", init_experts=one)
+    assert len(set(fingerprints(trainer))) == 1 and trainer.init == "probe" and trainer.hold_steps == 0
+    trainer.train()
+    assert trainer.hold_steps > 0 and len(set(fingerprints(trainer))) == 2
+    assert (trainer.em.resp.max(dim=1).values > 0.6).any()
+    for fields in ({"init": "experts"}, {"train_experts": False}):
+        with pytest.raises(ValueError, match="start from one adapter are equal"):
+            make_trainer(tmp_path / "third", init_experts=one, **fields)
+
+
 def test_a_policy_over_another_base_is_refused(make_trainer: Make, trained: Path, tmp_path: Path) -> None:
     file = trained / "mixture_config.json"
     from prefmix.policy.config import PolicyConfig
@@ -188,7 +214,12 @@ def test_another_tokenizer_is_refused(
         ({"train_experts": False}, "name init_experts"),
         ({"freeze_experts": [4]}, "name experts 0 to 3"),
         ({"freeze_experts": [0, 1, 2, 3]}, "train_experts=false"),
-        ({"init": "experts"}, "untrained experts say nothing"),
+        ({"init": "experts"}, "equal experts say nothing"),
+        ({"init": "experts", "init_experts": ["a"] * 4}, "equal experts say nothing"),
+        (
+            {"expert_kind": "independent", "expert_models": ["a"], "reference": "shared", "init": "experts"},
+            "that differ",
+        ),
         ({"expert_models": ["a"]}, "only expert_kind='independent'"),
         ({"expert_kind": "independent", "head": "full"}, "whole models train"),
         ({"expert_kind": "independent", "expert_models": ["a", "b"]}, "2 names for num_experts=4"),

@@ -70,17 +70,19 @@ def expert_problems(values: Mapping[str, Any]) -> list[str]:
     problems = _independent_problems(values) if independent else _shared_base_problems(values)
     problems += _count_problems(values) + _parallel_problems(values)
     problems += _quantization_problems(values) + _float16_problems(values) + _reference_problems(values)
-    starts_differ = bool(values["init_experts"]) or (bool(values["expert_models"]) and values["reference"] == "shared")
+    models_differ = len(set(values["expert_models"])) > 1 and values["reference"] == "shared"
+    # One name may be a policy, whose experts differ, or one adapter for all: `starting_experts` finds out.
+    starts_differ = models_differ or len(values["init_experts"]) == 1 or len(set(values["init_experts"])) > 1
     if values["init"] == "experts" and not starts_differ:
         problems.append(
-            "init='experts': untrained experts say nothing about rows; name init_experts, or expert_models with "
-            "reference='shared'"
+            "init='experts': untrained or equal experts say nothing about rows; name init_experts, or expert_models "
+            "with reference='shared', that differ"
         )
     if not values["train_experts"]:
         if not starts_differ:
             problems.append(
                 "train_experts=false: the gate alone would choose between equal experts; name init_experts, or "
-                "expert_models with reference='shared'"
+                "expert_models with reference='shared', that differ"
             )
         if values["gate_update"] == "fixed" and list(values["gate"]) == ["global"]:
             problems.append("train_experts=false with gate_update='fixed': nothing would train; let the gate move")

@@ -21,6 +21,7 @@ from prefmix.mixture.initialization import kmeans_resp, label_resp, random_resp
 from prefmix.mixture.posterior import posterior
 from prefmix.mixture.probe import fit_probe
 from prefmix.training.config import MixtureConfig
+from prefmix.training.starting_experts import come_apart
 
 ResolvedInit = Literal["probe", "random", "kmeans", "labels", "experts"]
 
@@ -51,13 +52,13 @@ class Start(NamedTuple):
 
 
 def resolve_init(args: MixtureConfig, table: ComparisonTable) -> ResolvedInit:
-    """`auto`: `experts` where they come trained, else `probe` where some user has two rows, else `kmeans` or `random`.
+    """`auto`: `experts` where they come trained and differ, else `probe` where some user has two rows, else the others.
 
-    k-means clusters prompts; `random` is for want of prompts.
+    Those are `kmeans` and `random`: k-means clusters prompts; `random` is for want of prompts.
     """
     if args.init != "auto":
         return args.init
-    if args.init_experts:
+    if come_apart(args):
         return "experts"
     known = table.user[table.user >= 0]
     if len(known) > len(np.unique(known)):

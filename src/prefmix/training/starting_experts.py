@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def starting_experts(
     if args.expert_kind == "independent":
         return _independent(base, args)
     experts = build_experts(base.model, description, generator)
-    return _started(experts, base, args.init_experts) if args.init_experts else experts
+    return _started(experts, base, args) if args.init_experts else experts
 
 
 class FrozenExperts:
@@ -110,9 +111,28 @@ def _check_tokenizer(base: BaseModel, other: BaseModel, source: str) -> None:
         )
 
 
-def _started(experts: AbstractExperts, base: BaseModel, sources: Sequence[str]) -> AbstractExperts:
+def come_apart(args: MixtureConfig) -> bool:
+    """Whether experts start trained and different, so that rows tell them apart: not one adapter for all."""
+    sources = args.init_experts
+    return len(set(sources)) > 1 or (len(sources) == 1 and (args.num_experts == 1 or not is_adapter(sources[0])))
+
+
+def _started(experts: AbstractExperts, base: BaseModel, args: MixtureConfig) -> AbstractExperts:
+    sources = args.init_experts
+    if (args.init == "experts" or not args.train_experts) and not come_apart(args):
+        field = "init='experts'" if args.train_experts else "train_experts=false"
+        raise ValueError(
+            f"{field} with init_experts={list(sources)}: {args.num_experts} experts that start from one adapter are "
+            "equal, and no row can tell them apart; name an adapter each, or a policy"
+        )
     if len(sources) == 1 and not is_adapter(sources[0]):
         return _from_policy(experts, base, sources[0])
+    for source in sources:
+        if (Path(source) / CONFIG_FILE).is_file():
+            raise ValueError(
+                f"init_experts: {source} is a policy among {len(sources)} names; name one policy alone, or adapters "
+                f"(its experts are {source}/expert_0, expert_1 ...)"
+            )
     sources = list(sources) * (experts.num_experts if len(sources) == 1 else 1)
     return with_states(experts, [adapter_state(experts, source) for source in sources])
 
@@ -129,6 +149,12 @@ def _from_policy(experts: AbstractExperts, base: BaseModel, source: str) -> Abst
             f"not to {base.source} ({base.sha256[:12]}...); train on that base, in the same precision"
         )
     ours, theirs = experts.describe(), dict(config.experts)
+    if theirs["num_experts"] != experts.num_experts:
+        raise ValueError(
+            f"init_experts={source!r}: the policy has {theirs['num_experts']} experts, not num_experts="
+            f"{experts.num_experts}; set num_experts={theirs['num_experts']}, or name its adapters "
+            f"({source}/expert_0, ...), {experts.num_experts} of them"
+        )
     differing = [name for name in ours.keys() - {"rank", "lora_alpha"} if ours[name] != theirs.get(name)]
     if differing:
         fields = ", ".join(f"{name}={theirs.get(name)!r} (not {ours[name]!r})" for name in sorted(differing))
