@@ -37,7 +37,7 @@ ROWS = 21  # neither a multiple of the global batch nor of a process's share of 
 
 # Three steps an epoch, the last with 5 rows: with two processes 4 + 1, so three copies fill the second batch.
 SCENARIOS: dict[str, dict[str, Any]] = {
-    "user": {"latent": "user", "init": "random", "init_hold_epochs": 0.5, "save_steps": 2},
+    "user": {"latent": "user", "init": "random", "init_hold_epochs": 0.5, "save_steps": 2, "pooling": 0.5},
     "pair": {
         "latent": "pair", "gate": ["global", "user", "metadata"], "init": "kmeans", "init_hold_epochs": 0.0,
         "save_steps": 4, "group_texts": True, "cache_states": "off", "label_noise": 0.05,
@@ -56,7 +56,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     },
     "parallel": {  # experts 0 and 2 on the first process, the wider expert 1 on the second
         "expert_kind": "independent", "expert_models": ["base", "wide", "base"], "latent": "user", "init": "random",
-        "init_hold_epochs": 0.5, "save_steps": 2, "max_grad_norm": 0.3,
+        "init_hold_epochs": 0.5, "save_steps": 2, "max_grad_norm": 0.3, "pooling": 0.5,
     },
     "parallel gates": {
         "expert_kind": "independent", "expert_models": ["wide", "base", "wide"], "reference": "shared",

@@ -248,6 +248,7 @@ def test_every_figure_is_logged_and_kept_in_the_folder(make_trainer: Make, rows:
     assert lines == trainer.state.log_history
     training = next(line for line in lines if "loss" in line)
     names = ["elbo", "evidence", "responsibility_entropy", "usage_0", "usage_1", "gate_entropy", "temperature"]
+    names += ["expert_variance"]
     names += [f"rewards/{name}_{k}" for name in ("margins", "accuracies", "chosen", "rejected") for k in (0, 1)]
     trl = ["rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen"]
     assert {f"mixture/{name}" for name in names} | set(trl) | {"logps/rejected"} <= training.keys()

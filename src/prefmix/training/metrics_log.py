@@ -16,7 +16,7 @@ from prefmix.mixture.elbo import RowELBO, elbo_rows
 from prefmix.mixture.estep import EStep
 from prefmix.mixture.posterior import posterior
 from prefmix.policy.mixture_model import MixtureOutput
-from prefmix.training.objective import Likelihoods
+from prefmix.training.objective import Likelihoods, expert_variance
 
 BY_EXPERT = ("margins", "accuracies", "chosen", "rejected")
 
@@ -30,6 +30,7 @@ class Sums(NamedTuple):
         evidence: [] the same at the exact posterior, where the bound is tight.
         resp_entropy: [] sum_i a_i H(q_i), nats.
         gate_entropy: [] sum_i a_i H(w_i), nats.
+        expert_variance: [] sum_i a_i of the variance of margins over experts, nats^2; what `pooling` multiplies.
         mixed: [6] sum_i a_i sum_k q_ik of both rewards, margin, [margin > 0] and both log-probabilities.
         usage: [K] sum_i a_i q_ik.
         by_expert: [4, K] sum_i a_i q_ik of margin, [margin > 0], chosen and rejected reward.
@@ -40,6 +41,7 @@ class Sums(NamedTuple):
     evidence: Float[Tensor, ""]
     resp_entropy: Float[Tensor, ""]
     gate_entropy: Float[Tensor, ""]
+    expert_variance: Float[Tensor, ""]
     mixed: Float[Tensor, "6"]
     usage: Float[Tensor, "K"]
     by_expert: Float[Tensor, "4 K"]
@@ -90,6 +92,7 @@ def batch_sums(
         tight.elbo.sum(),
         (weight * _entropy(q.log_q)).sum(),
         (weight * _entropy(output.log_weights)).sum(),
+        (weight * expert_variance(lik.margins)).sum(),
         torch.stack([(weight * value).sum() for value in mixed]),
         weighted_BK.sum(0),
         torch.stack([(weighted_BK * value).sum(0) for value in by_expert]),
@@ -110,7 +113,7 @@ def summarize(sums: Sums, over_processes: Callable[[Tensor], Tensor] | None = No
     sizes = [value.numel() for value in sums]
     flat = torch.cat([value.detach().double().reshape(-1) for value in sums])
     flat = (flat if over_processes is None else over_processes(flat)).cpu()
-    weight, elbo, evidence, resp_entropy, gate_entropy, mixed, usage, by_expert = flat.split(sizes)
+    weight, elbo, evidence, resp_entropy, gate_entropy, variance, mixed, usage, by_expert = flat.split(sizes)
     total = weight.item()
     names = (
         "rewards/chosen",
@@ -125,6 +128,7 @@ def summarize(sums: Sums, over_processes: Callable[[Tensor], Tensor] | None = No
     logs["mixture/evidence"] = evidence.item() / total
     logs["mixture/responsibility_entropy"] = resp_entropy.item() / total
     logs["mixture/gate_entropy"] = gate_entropy.item() / total
+    logs["mixture/expert_variance"] = variance.item() / total
     for k, used in enumerate(usage.tolist()):
         logs[f"mixture/usage_{k}"] = used / total
     # An expert that no row uses has no mean; it is left out rather than logged as NaN.

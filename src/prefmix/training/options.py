@@ -125,6 +125,11 @@ class MixtureOptions(ReadingOptions, QuantizationOptions, MembershipOptions, Lik
     token_dropout: float = _field(
         0.0, "Share of completion tokens that a training step leaves out. 0.5 keeps heads from memorising few texts."
     )
+    pooling: float = _field(
+        0.0,
+        "Draws experts to what all share: this times a row's variance of margins over experts (nats^2) is added to its "
+        "loss. 0: none; large: one model K times. For users of few comparisons, whose experts differ less than noise.",
+    )
     # --- data ---------------------------------------------------------------------------------------------------------
     max_length: int | None = _field(1024, "Longest prompt plus completion in tokens (TRL's default).")
     truncation_mode: Literal["keep_start", "keep_end"] = _field("keep_start", "Which end of a long row stays.")
@@ -339,6 +344,7 @@ def _range_problems(values: Mapping[str, Any]) -> list[str]:
         ("init_hold_epochs", values["init_hold_epochs"] >= 0, "zero or more epochs"),
         ("probe_restarts", values["probe_restarts"] >= 1, "at least 1"),
         ("probe_dim", values["probe_dim"] >= 1, "at least 1"),
+        ("pooling", 0 <= values["pooling"] < float("inf"), "zero or more; 0 leaves experts independent"),
         ("token_dropout", 0 <= values["token_dropout"] < 1, "at least 0 and below 1; 0 reads every token"),
         ("max_length", values["max_length"] is None or values["max_length"] >= 2, "at least 2 tokens, or null"),
     )  # fmt: skip
@@ -372,6 +378,8 @@ def _combination_problems(values: Mapping[str, Any]) -> list[str]:
         problems.append("sharding='fsdp2': neither whole models nor frozen experts are sharded; use sharding='none'")
     if values.get("fsdp"):
         problems.append(f"fsdp={values['fsdp']!r}: accelerate would shard a mixture wrongly; use sharding='fsdp2'")
+    if values["pooling"] and values["m_step"] != "all":
+        problems.append(f"pooling with m_step={values['m_step']!r}: it needs every expert's gradient; use m_step='all'")
     if values["m_step"] != "sampled" and values["m_step_samples"] != 1:
         problems.append(f"m_step_samples with m_step={values['m_step']!r}: no effect there; use m_step='sampled'")
     if values["m_step"] != "top" and values["m_step_threshold"] != 0.1:

@@ -30,7 +30,7 @@ from prefmix.training.held_out import held_out_metrics
 from prefmix.training.membership_step import first_q
 from prefmix.training.metrics_log import Meter
 from prefmix.training.noise_state import NoiseState
-from prefmix.training.objective import Likelihoods, estep_function, held, likelihoods
+from prefmix.training.objective import Likelihoods, estep_function, held, likelihoods, pooling_penalty
 from prefmix.training.objectives import AbstractObjective, objective_of
 from prefmix.training.objectives.interface import objective_sums
 from prefmix.training.order import training_order
@@ -149,13 +149,16 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Loss = - (sum_i bound_i + the batch's share of the gate's log prior) / summed weights of the global batch."""
+        """Loss = - (sum_i bound_i + the batch's share of all log priors) / summed weights of the global batch."""
         assert num_items_in_batch is not None
         inputs = drop_tokens(inputs, self.args.token_dropout)
         output = self._look(model, inputs)
         lik = self._likelihoods(output, inputs)
         batch = self.objective.bound(model, inputs, output, lik)
         prior = self.mixture.gate.log_prior() * inputs["weight"].sum() / self.em.total_weight
+        if self.args.pooling:
+            apart = pooling_penalty(output, inputs, beta=self._beta, model=self.args.feedback_model)
+            prior = prior - self.args.pooling * apart.sum()
         loss = -(batch.bound.sum() + prior) * self.readers.number / num_items_in_batch
         self.meter.add(objective_sums(batch, output, lik, inputs))
         self.guard.observe_batch(inputs["row"], lik.log_lik, batch.log_weights, loss)
