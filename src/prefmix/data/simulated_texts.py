@@ -14,7 +14,8 @@ import numpy as np
 
 from prefmix.data.convarg import convarg_sides
 
-ARGUMENT_ATTRIBUTES = ("side", "length", "long words", "questions", "first person", "commas")
+# Tastes are taken in this order; the first ones can be read off a text, a side only by who knows its debate.
+ARGUMENT_ATTRIBUTES = ("long words", "length", "questions", "first person", "commas", "side")
 TEST_SHARE = 0.3
 _SELF = {"i", "i'm", "i've", "me", "my", "mine", "we", "our", "us"}
 
@@ -90,9 +91,9 @@ def feature_pools(
 def argument_pools(*, max_words: int | None = 60, seed: int = 0) -> dict[str, TextPool]:
     """The arguments that the package ships (UKPConvArg1), with what can be counted in them.
 
-    `side`: which side of the debate; `length`: log words; `long words`: letters a word; `questions`, `commas`:
-    log (1 + count); `first person`: share of words. Each attribute is what the ones before it do not explain
-    (Gram-Schmidt within debates), so a taste for length is none for a side.
+    `long words`: letters a word; `length`: log words; `questions`, `commas`: log (1 + count); `first person`: share
+    of words; `side`: which side of the debate. Each attribute is what the ones before it do not explain
+    (Gram-Schmidt within debates), so a taste for length is none for long words.
 
     Args:
         max_words: leave longer arguments out.
@@ -111,7 +112,7 @@ def argument_pools(*, max_words: int | None = 60, seed: int = 0) -> dict[str, Te
     ]
     entries = [(prompt, text, side) for prompt, found in enumerate(side_of) for text, side in found.items()]
     prompt_of = np.array([entry[0] for entry in entries])
-    raw = np.array([[side, *_count(text)] for _, text, side in entries])
+    raw = np.array([[*_count(text), side] for _, text, side in entries])
     attributes = _uncorrelated_within(raw, prompt_of)
     is_test = np.random.default_rng([seed, 6]).random(len(entries)) < TEST_SHARE
     return {
@@ -131,8 +132,8 @@ def _count(text: str) -> list[float]:
     words = re.findall(r"[\w']+", text.lower()) or [""]
     size = len(words)
     return [
-        float(np.log(size)),
         sum(map(len, words)) / size,
+        float(np.log(size)),
         float(np.log1p(text.count("?"))),
         sum(word in _SELF for word in words) / size,
         float(np.log1p(text.count(","))),
