@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from prefmix.evaluation.intervals import Draw, cluster_bootstrap, nested_bootstrap, paired_difference
+from prefmix.evaluation import intervals
+from prefmix.evaluation.intervals import (
+    Draw,
+    cluster_bootstrap,
+    cluster_bootstraps,
+    nested_bootstrap,
+    paired_difference,
+)
+from prefmix.evaluation.report import figures
+from prefmix.evaluation.scoring import Predictions
 
 
 def test_independent_rows_give_the_textbook_standard_error() -> None:
@@ -35,6 +45,46 @@ def test_interval_covers_the_mean_at_its_level() -> None:
         estimate = cluster_bootstrap(values, person, num_resamples=400, seed=run)
         covered += estimate.low <= 0.0 <= estimate.high
     assert 0.88 <= covered / runs <= 0.99
+
+
+@pytest.mark.parametrize("people", [7, 300, 3000])
+def test_figures_together_have_the_intervals_they_have_alone(people: int) -> None:
+    """Against draw after draw of the definition, at the same seed."""
+    rng = np.random.default_rng(people)
+    person = rng.integers(-1, people, size=4 * people)
+    values = np.stack([rng.normal(size=len(person)), rng.integers(0, 2, len(person)), np.ones(len(person))], axis=1)
+    together = cluster_bootstraps(values, person, num_resamples=150, seed=5)
+    alone = [cluster_bootstrap(column, person, num_resamples=150, seed=5) for column in values.T]
+    who = np.unique(np.where(person < 0, people + np.arange(len(person)), person), return_inverse=True)[1]
+    sums, sizes = np.bincount(who, values[:, 0]), np.bincount(who)
+    draws, rng = [], np.random.default_rng(5)
+    for _ in range(150):
+        counts = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)))
+        draws.append(sum(counts * sums) / sum(counts * sizes))
+    assert together[0].se == pytest.approx(np.std(draws, ddof=1), rel=1e-9)
+    assert [together[0].low, together[0].high] == pytest.approx(np.quantile(draws, [0.025, 0.975]).tolist(), rel=1e-9)
+    for one, other in zip(together, alone, strict=True):
+        assert one == pytest.approx(other, rel=1e-9)
+    assert together[2][:4] == pytest.approx((1, 0, 1, 1))
+
+
+def test_an_evaluation_draws_people_once() -> None:
+    """Drawing is the cost: figures over the same people share one set of draws."""
+    intervals._kept_draws.cache_clear()
+    values = np.random.default_rng(0).normal(size=(500, 2))
+    predictions = [Predictions(-np.abs(values[:, i]), values[:, 1 - i]) for i in (0, 1)]
+    for each in predictions:
+        figures(each, np.arange(500) // 2, np.full(500, -1), [], seed=9)
+    assert intervals._kept_draws.cache_info().misses == 1
+
+
+def test_memory_of_many_people_is_bounded() -> None:
+    people = 120_000
+    tracemalloc.start()
+    cluster_bootstrap(np.arange(people, dtype=float), np.arange(people), num_resamples=400)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000_000, "the [400, 120000] table alone would be 384 MB"
 
 
 def test_equal_models_differ_by_exactly_nothing() -> None:

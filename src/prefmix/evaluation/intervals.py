@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+# Draws that are kept, at most (two sets): those of 20,000 people.
+_KEPT_BYTES = 40_000_000
 
 
 class Estimate(NamedTuple):
@@ -49,21 +53,37 @@ def cluster_bootstrap(
     Source: Cameron, Gelbach & Miller 2008, the pairs cluster bootstrap.
     Relations: it covers the choice of people, not the choice of texts that all of them judge.
     """
-    values_B, cluster_B = np.asarray(values, dtype=np.float64), np.asarray(cluster).astype(np.int64)
-    if len(values_B) == 0:
-        nan = float("nan")
-        return Estimate(nan, nan, nan, nan, 0, 0)
+    columns = np.asarray(values, dtype=np.float64)[:, None]
+    return cluster_bootstraps(columns, cluster, level=level, num_resamples=num_resamples, seed=seed)[0]
+
+
+def cluster_bootstraps(
+    values: ArrayLike, cluster: ArrayLike, *, level: float = 0.95, num_resamples: int = 2000, seed: int = 0
+) -> list[Estimate]:
+    """`cluster_bootstrap` of each of M figures of the same comparisons, from one set of draws.
+
+    Args:
+        values: [B, M] M numbers a comparison.
+        cluster: [B] as there.
+        level: as there.
+        num_resamples: as there.
+        seed: as there; a figure's interval is the one that it gets alone.
+    """
+    values_BM, cluster_B = np.asarray(values, dtype=np.float64), np.asarray(cluster).astype(np.int64)
+    nan, num_rows = float("nan"), len(values_BM)
+    if num_rows == 0:
+        return [Estimate(nan, nan, nan, nan, 0, 0)] * values_BM.shape[1]
     anonymous = cluster_B < 0
-    cluster_B = np.where(anonymous, cluster_B.max(initial=-1) + 1 + np.arange(len(cluster_B)), cluster_B)
+    cluster_B = np.where(anonymous, cluster_B.max(initial=-1) + 1 + np.arange(num_rows), cluster_B)
     index = np.unique(cluster_B, return_inverse=True)[1]
-    sums, sizes = np.bincount(index, values_B), np.bincount(index).astype(np.float64)
-    mean, num_clusters = float(values_B.mean()), len(sizes)
-    if num_clusters < 2:
-        return Estimate(mean, float("nan"), float("nan"), float("nan"), len(values_B), num_clusters)
-    draws = _resampled_means(sums, sizes, num_resamples, np.random.default_rng(seed))
+    sums = np.stack([np.bincount(index, column) for column in values_BM.T], axis=1)
+    sizes, means = np.bincount(index).astype(np.float64), values_BM.mean(axis=0)
+    if len(sizes) < 2:
+        return [Estimate(float(mean), nan, nan, nan, num_rows, len(sizes)) for mean in means]
+    draws = _resampled_means(sums, sizes, num_resamples, seed)
     tail = 0.5 * (1.0 - level)
-    low, high = np.quantile(draws, [tail, 1.0 - tail])
-    return Estimate(mean, float(draws.std(ddof=1)), float(low), float(high), len(values_B), num_clusters)
+    columns = zip(means, draws.std(axis=0, ddof=1), *np.quantile(draws, [tail, 1.0 - tail], axis=0), strict=True)
+    return [Estimate(*map(float, column), num_rows, len(sizes)) for column in columns]
 
 
 def paired_difference(
@@ -82,14 +102,46 @@ def paired_difference(
     return cluster_bootstrap(difference, cluster, level=level, seed=seed)
 
 
-def _resampled_means(sums: np.ndarray, sizes: np.ndarray, num_resamples: int, rng: np.random.Generator) -> np.ndarray:
-    # Draws go in slices so that thousands of people do not need a [resamples, people] table at once.
-    means, slice_size = [], max(1, 2_000_000 // len(sizes))
-    for start in range(0, num_resamples, slice_size):
-        draws = min(slice_size, num_resamples - start)
-        counts = rng.multinomial(len(sizes), np.full(len(sizes), 1.0 / len(sizes)), size=draws)
-        means.append((counts @ sums) / (counts @ sizes))
+def _resampled_means(sums: np.ndarray, sizes: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
+    """[draws, M] means: a matrix of how often each cluster was drawn, times sums [C, M] and sizes [C]."""
+    columns, means = np.column_stack([sums, sizes]), []
+    for counts in _draws(len(sizes), num_resamples, seed):
+        totals = counts.astype(np.float64) @ columns
+        means.append(totals[:, :-1] / totals[:, -1:])
     return np.concatenate(means)
+
+
+def _draws(num_clusters: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """[slice, C] counts of each cluster in each draw, in slices; the last few sets are kept where they are small."""
+    if num_clusters * num_resamples > _KEPT_BYTES:
+        yield from _drawn(num_clusters, num_resamples, seed)
+        return
+    counts, rows = _kept_draws(num_clusters, num_resamples, seed), _rows_at_once(num_clusters)
+    for start in range(0, num_resamples, rows):
+        yield counts[start : start + rows]
+
+
+@functools.lru_cache(maxsize=2)
+def _kept_draws(num_clusters: int, num_resamples: int, seed: int) -> np.ndarray:
+    """All draws, one byte a count: the figures of an evaluation are over the same people and share them."""
+    return np.concatenate([_as_bytes(counts) for counts in _drawn(num_clusters, num_resamples, seed)])
+
+
+def _drawn(num_clusters: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
+    rng, rows = np.random.default_rng(seed), _rows_at_once(num_clusters)
+    for start in range(0, num_resamples, rows):
+        size = min(rows, num_resamples - start)
+        yield rng.multinomial(num_clusters, np.full(num_clusters, 1.0 / num_clusters), size=size)
+
+
+def _rows_at_once(num_clusters: int) -> int:
+    return max(1, 2_000_000 // num_clusters)
+
+
+def _as_bytes(counts: np.ndarray) -> np.ndarray:
+    # Of C people drawn C times, one comes 256 times with a probability below 1e-500 (fewer than 256 people: never).
+    assert counts.max() < 256, "a byte does not hold these counts"
+    return counts.astype(np.uint8)
 
 
 class Draw(NamedTuple):

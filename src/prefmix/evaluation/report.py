@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from prefmix.evaluation.intervals import Estimate, cluster_bootstrap
+from prefmix.evaluation.intervals import Estimate, cluster_bootstraps
 from prefmix.evaluation.metrics import Agreement, expected_calibration_error, hits
 from prefmix.evaluation.scoring import Predictions
 
@@ -59,9 +59,10 @@ def figures(
         seed: of the bootstrap.
     """
     hits_B = hits(predictions.logit)
+    share, loss = cluster_bootstraps(np.column_stack([hits_B, -predictions.log_prob]), user, seed=seed)
     return Figures(
-        accuracy=cluster_bootstrap(hits_B, user, seed=seed),
-        log_loss=cluster_bootstrap(-predictions.log_prob, user, seed=seed),
+        accuracy=share,
+        log_loss=loss,
         ece=expected_calibration_error(predictions.logit),
         by_group={str(groups[g]): float(hits_B[group == g].mean()) for g in np.unique(group[group >= 0])},
     )
