@@ -32,7 +32,7 @@ def test_the_example_is_a_file_that_loads(tmp_path: Path) -> None:
 def test_every_mistake_stands_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(
-        "model: smollm2\ntrian_data: x\nnum_experts: two\narms:\n  - mixtur\n  - mine: {like: single, robust_step: 1}\n"
+        "model: smollm2\ntrian_data: x\nnum_experts: two\narms:\n  - mixtur\n  - mine: {like: single, shrinkage: 1}\n"
         "  - other: {like: mixture, num_expert: 3}\noptions:\n  num_trian_epochs: 2\n",
         encoding="utf-8",
     )
@@ -46,7 +46,7 @@ def test_every_mistake_stands_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load_comparison(path, {})
     shown = str(caught.value)
-    for phrase in (":5: unknown arm 'mixtur' (did you mean 'mixture'?)", ":6: robust_step: a setting of 'group_robust'",
+    for phrase in (":5: unknown arm 'mixtur' (did you mean 'mixture'?)", ":6: shrinkage: a setting of 'per_user'",
                    ":7: unknown field 'num_expert'"):  # fmt: skip
         assert phrase in shown
 

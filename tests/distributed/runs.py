@@ -42,6 +42,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "latent": "pair", "gate": ["global", "user", "metadata"], "init": "kmeans", "init_hold_epochs": 0.0,
         "save_steps": 4, "group_texts": True, "cache_states": "off", "label_noise": 0.05,
     },
+    "robust": {  # an adversary over users, whose rows stand on both processes
+        "latent": "user", "init": "random", "init_hold_epochs": 0.5, "save_steps": 2, "robust_over": "user",
+        "robust_step": 0.5, "gradient_accumulation_steps": 2,
+    },
     "membership": {  # with error rates of annotators, an E-step of their own too
         "latent": "membership", "init": "random", "init_hold_epochs": 0.5, "save_steps": 4, "membership_samples": 4,
         "label_noise_update": "per_annotator",

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-NAMES = ("user", "pair")
+NAMES = ("user", "pair", "robust")
 
 
 @pytest.mark.parametrize("name", NAMES)

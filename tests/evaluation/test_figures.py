@@ -158,3 +158,13 @@ def test_ticks_are_round_and_within(low: float, high: float) -> None:
     assert 2 <= len(found) <= 11 and all(low - 1e-9 <= tick <= high + 1e-9 for tick in found)
     step = found[1] - found[0]
     assert round(step / 10 ** math.floor(math.log10(step) + 1e-9), 6) in (1, 2, 5, 10)
+
+
+def test_losses_of_groups_are_drawn_by_name_or_the_worst_alone() -> None:
+    line = {"step": 1, "mixture/worst_group_loss": 0.8}
+    assert figures.group_losses_over_training([{"step": 1, "loss": 1.0}]) is None
+    worst = figures.group_losses_over_training([line, line | {"step": 2}])
+    assert worst is not None and "the worst group" in worst.svg
+    named = [line | {"step": i, "mixture/group_loss/film": 0.8 / i, "mixture/group_loss/book": 0.5} for i in (1, 2)]
+    both = figures.group_losses_over_training(named)
+    assert both is not None and "film" in both.svg and "book" in both.svg and "the worst group" not in both.svg

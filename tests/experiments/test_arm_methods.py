@@ -16,7 +16,6 @@ from prefmix.experiments.arm_methods import Workplace, fit
 from prefmix.experiments.arm_predictions import NewUsers
 from prefmix.experiments.arms import Arm, all_arms, standard_arms, with_options
 from prefmix.experiments.baselines import tokenize_splits
-from prefmix.experiments.group_robust import worse_groups_gain
 from prefmix.experiments.per_user import labelled_by_user, own_expert_log_weights, users_with_expert
 from prefmix.experts.base_model import BaseModel
 
@@ -92,17 +91,11 @@ def test_the_most_active_users_get_experts_and_their_rows_name_them(place: Workp
     torch.testing.assert_close(weights, torch.tensor([[0.0, 1.0], [0.5, 0.5]], dtype=torch.float64))
 
 
-def test_the_adversary_moves_to_the_group_that_fares_worse() -> None:
-    start = torch.full((3,), 1 / 3, dtype=torch.float64).log()
-    loss, group = torch.tensor([1.0, 3.0, 0.5]), torch.tensor([0, 0, 1])
-    moved = worse_groups_gain(start, loss, group, 0.7).exp()
-    by_hand = torch.tensor([1 / 3 * np.exp(0.7 * 2.0), 1 / 3 * np.exp(0.7 * 0.5), 1 / 3], dtype=torch.float64)
-    torch.testing.assert_close(moved, by_hand / by_hand.sum())
-
-
 def test_group_robust_without_an_adversary_is_single_dpo_on_equal_groups(place: Workplace) -> None:
     """With eta = 0 and as many rows a group, every row weighs 1."""
     test, arms = place.splits.test, all_arms(2, 2)
+    moving = fit(arms["group_robust"], place)
+    assert 0.5 < moving.notes["largest_group_weight"] < 1
     assert len(set(np.bincount(place.splits.train.group).tolist())) == 1
     still = with_options(arms["group_robust"], "still", {"robust_step": 1e-12})
     robust, single = (fit(arm, place).predict(test, place.states(test)) for arm in (still, arms["single"]))
@@ -127,7 +120,9 @@ def test_own_arms_keep_to_their_method() -> None:
     arms = all_arms(3, 2)
     assert with_options(arms["mixture"], "four", {"num_experts": 4}).options["num_experts"] == 4
     over_users = with_options(arms["group_robust"], "users", {"robust_over": "user"})
-    assert over_users.setting("robust_over") == "user" and not over_users.needs_groups
+    assert over_users.options["robust_over"] == "user" and not over_users.needs_groups
+    assert with_options(arms["mixture"], "robust", {"robust_over": "group"}).needs_groups
+    assert with_options(arms["oracle"], "long", {"num_train_epochs": 9}).needs_groups
     with pytest.raises(ValueError, match="shrinkage: a setting of 'per_user'"):
         with_options(arms["mixture"], "x", {"shrinkage": 1.0})
     assert isinstance(standard_arms(2, 2)["oracle"], Arm) and arms["oracle"].options["num_experts"] == 2

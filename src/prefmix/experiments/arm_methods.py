@@ -19,7 +19,6 @@ from prefmix.evaluation.scoring import Predictions, predict, reference_predictio
 from prefmix.experiments.arm_predictions import Fitted, NewUsers, Ways, fitted_policy
 from prefmix.experiments.arms import Arm, Method
 from prefmix.experiments.baselines import Splits, fit_arm, table_states
-from prefmix.experiments.group_robust import GroupRobustTrainer, row_groups
 from prefmix.experiments.linear_arms import fitted_low_rank_reward, fitted_probe
 from prefmix.experiments.linear_latent import fitted_latent
 from prefmix.experiments.mixed_logit import SpreadCallback
@@ -90,7 +89,9 @@ def fit(arm: Arm, place: Workplace) -> Fitted:
 
 def _trainer(arm: Arm, place: Workplace) -> Fitted:
     found = place.train(arm)
-    return fitted_policy(found.policy, true_groups=arm.true_groups, epoch=found.epoch)
+    robust = found.policy.record.get("robust")
+    notes = {} if robust is None else {"largest_group_weight": robust["largest_weight"]}
+    return fitted_policy(found.policy, true_groups=arm.true_groups, epoch=found.epoch, notes=notes)
 
 
 def _reference(arm: Arm, place: Workplace) -> Fitted:
@@ -111,20 +112,6 @@ def _reference(arm: Arm, place: Workplace) -> Fitted:
         return dict.fromkeys(new.sizes, Predictions(found.log_prob[new.scored], found.logit[new.scored]))
 
     return Fitted(ways, of_new_users)
-
-
-def _group_robust(arm: Arm, place: Workplace) -> Fitted:
-    trainers: list[GroupRobustTrainer] = []
-
-    def prepare(trainer: MixtureTrainer) -> None:
-        assert isinstance(trainer, GroupRobustTrainer)
-        trainers.append(trainer)
-        group = row_groups(trainer.train_comparisons.table, arm.setting("robust_over"))
-        trainer.set_groups(group, arm.setting("robust_step"))
-
-    found = place.train(arm, trainer_class=GroupRobustTrainer, prepare=prepare)
-    notes = {"largest_group_weight": float(trainers[0].log_counts.exp().max())}
-    return fitted_policy(found.policy, epoch=found.epoch, notes=notes)
 
 
 def _mixed_logit(arm: Arm, place: Workplace) -> Fitted:
@@ -207,7 +194,6 @@ def _per_user(arm: Arm, place: Workplace) -> Fitted:
 METHODS: dict[Method, Callable[[Arm, Workplace], Fitted]] = {
     "trainer": _trainer,
     "reference": _reference,
-    "group_robust": _group_robust,
     "mixed_logit": _mixed_logit,
     "per_user": _per_user,
     "soup": _soup,

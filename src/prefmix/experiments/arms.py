@@ -10,20 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-Method = Literal[
-    "trainer", "reference", "group_robust", "mixed_logit", "per_user", "soup", "probe", "low_rank_reward", "latent"
-]
+Method = Literal["trainer", "reference", "mixed_logit", "per_user", "soup", "probe", "low_rank_reward", "latent"]
 # Trained by `MixtureTrainer`, so that its options (and a search over them) mean something.
-TRAINED: tuple[Method, ...] = ("trainer", "group_robust", "mixed_logit", "per_user", "soup")
+TRAINED: tuple[Method, ...] = ("trainer", "mixed_logit", "per_user", "soup")
 # Linear rewards on cached states: what is searched is the ridge.
 LINEAR: tuple[Method, ...] = ("probe", "low_rank_reward", "latent")
 
 # What a method reads beyond `MixtureConfig`: name -> (default, what it means).
 SETTINGS: dict[Method, dict[str, tuple[Any, str]]] = {
-    "group_robust": {
-        "robust_over": ("group", "group: the true groups; user: every user is a group"),
-        "robust_step": (0.05, "eta of the adversary's weights, per nat of a group's loss"),
-    },
     "per_user": {
         "shrinkage": (10.0, "pull of each user's expert to single DPO's, times the learning rate, after each step"),
         "max_users": (64, "users with an expert of their own, the most active ones; the others keep single DPO's"),
@@ -108,8 +102,7 @@ def _one_for_everybody() -> dict[str, Arm]:
         ),
         "group_robust": Arm(
             "group-robust DPO",
-            one,
-            method="group_robust",
+            {**one, "robust_over": "group"},
             about="one expert for the worst group (group DRO); `robust_over: user` needs no true groups",
             source="arXiv 1911.08731, for DPO 2405.20304",
             needs_groups=True,
@@ -207,7 +200,8 @@ def with_options(base: Arm, name: str, given: Mapping[str, Any]) -> Arm:
         raise ValueError(f"{wrong[0]}: a setting of {foreign[wrong[0]]!r}, not of {base.method!r}; leave it out")
     options = {key: value for key, value in given.items() if key not in own}
     settings = {key: value for key, value in given.items() if key in own}
-    needs_groups = base.needs_groups and settings.get("robust_over") != "user"
+    robust_over = {**base.options, **options}.get("robust_over")
+    needs_groups = robust_over == "group" or (base.needs_groups and "robust_over" not in base.options)
     return replace(
         base,
         name=name,
@@ -220,8 +214,6 @@ def with_options(base: Arm, name: str, given: Mapping[str, Any]) -> Arm:
 def setting_problems(arm: Arm) -> list[str]:
     """Why an arm's settings cannot be used, or nothing."""
     checks = {
-        "robust_over": (lambda value: value in ("group", "user"), "group or user"),
-        "robust_step": (lambda value: _positive(value), "a positive number, for example 0.05"),
         "shrinkage": (lambda value: value == 0 or _positive(value), "zero or more; 0 lets users part freely"),
         "max_users": (lambda value: isinstance(value, int) and value >= 1, "a whole number, at least 1"),
         "ridge": (lambda value: (value is None and arm.method == "probe") or _positive(value), "a positive number"),

@@ -195,6 +195,7 @@ def _training(data: RunData) -> str:
     drawn = [
         figures.bound_over_training(data.log),
         figures.held_out_over_training(data.log),
+        figures.group_losses_over_training(data.log),
         figures.usage_over_training(data.log),
         figures.certainty_over_training(data.log),
         figures.margins_over_training(data.log),

@@ -96,14 +96,27 @@ def worst_group_weights(
     log_counts = rows.share.new_zeros(num_groups)
     sums = torch.zeros_like(weights), torch.zeros_like(log_counts)
     for t in range(1, rounds + 1):
-        log_counts = log_counts - step / t**0.5 * rows.fares(weights)
-        counts = torch.softmax(log_counts, dim=0)
+        log_counts = worse_groups_gain(log_counts, -rows.fares(weights), step / t**0.5)
+        counts = log_counts.exp()
         weights, _ = _best_for(rows, counts, weights, 1, 0.0)
         sums = sums[0] + t * weights, sums[1] + t * counts  # late rounds are nearer to the solution: they count more
     weights, counts = (part / part.sum() for part in sums)
     value = float(rows.fares(weights).min())
     best, missing = _best_for(rows, counts, weights, 5000, 1e-8)
     return UnknownUserWeights(weights, value, counts, max(float(counts @ rows.fares(best)) + missing - value, 0.0))
+
+
+def worse_groups_gain(log_counts: Float[Tensor, "G"], loss: Float[Tensor, "G"], step: float) -> Float[Tensor, "G"]:
+    """The adversary's move, [G] log of c_g exp(eta L_g) / sum_h c_h exp(eta L_h): groups that fare worse count more.
+
+    Args:
+        log_counts: [G] log c_g.
+        loss: [G] L_g, nats.
+        step: eta, per nat.
+
+    Source: exponentiated gradient (Kivinen & Warmuth 1997), as in Sagawa et al. 2020, algorithm 1.
+    """
+    return torch.log_softmax(log_counts + step * loss, dim=0)
 
 
 def max_min_weights(utility: Float[Tensor, "J K"]) -> UnknownUserWeights:

@@ -151,6 +151,7 @@ def _training_facts(config: PolicyConfig, record: Mapping[str, Any]) -> dict[str
         facts["parameters"] = f"{record['trained_parameters']:,} trained, {record['base_parameters']:,} of the base"
     facts["trained by"] = str(record.get("machine", ""))
     return {name: value for name, value in facts.items() if value}
+    facts["made good for"] = _robust_fact(record.get("robust", {}))
 
 
 def _figures(held_out: Mapping[str, float]) -> str:
@@ -162,6 +163,15 @@ def _figures(held_out: Mapping[str, float]) -> str:
         if {prefix + "accuracy", prefix + "loss"} <= held_out.keys()
     ]
     if not rows:
+def _robust_fact(robust: Mapping[str, Any]) -> str:
+    """Over which groups an adversary stood, and which it weighed most at the end; empty without one."""
+    if not robust:
+        return ""
+    named = ", ".join(f"{name} {weight:.2f}" for name, weight in robust["weights"].items())
+    weights = f"final weights {named}" if named else f"largest final weight {robust['largest_weight']:.2f}"
+    return f"the worst {robust['over']} of {robust['groups']} (group DRO); {weights}"
+
+
         return ""
     head = [
         "Held-out preferences, at the end of training:",

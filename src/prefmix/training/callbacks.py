@@ -31,11 +31,13 @@ class EMCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Frozen experts are put back, then the M-steps in closed form, of gate and label noise, then the guard."""
+        """Frozen experts are put back, M-steps in closed form follow, the adversary's step, the guard."""
         self._trainer.frozen.restore()
         self._trainer.m_step_of_gate()
         if (noise := self._trainer.em.noise) is not None:
             noise.m_step()
+        if (adversary := self._trainer.em.adversary) is not None:
+            adversary.step(self._trainer.readers)
         self._trainer.guard.check(state.global_step + 1, self._trainer.mixture)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

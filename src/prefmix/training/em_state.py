@@ -14,6 +14,7 @@ from torch import Tensor
 from prefmix.mixture.membership import GaussianQ
 from prefmix.mixture.user_evidence import UserEvidence
 from prefmix.training.amortized_posterior import AmortizedPosterior
+from prefmix.training.group_adversary import GroupAdversary
 from prefmix.training.noise_state import NoiseState
 
 
@@ -48,6 +49,7 @@ class EMState:
         noise: learnt label noise; None where it is fixed.
         amortized: the network of `estep="amortized"`; None under the others.
         threshold: [K] running mean margins of beta-DPO; None without `adaptive_beta`.
+        adversary: weights of groups of rows under group DRO; None without `robust_over`.
     """
 
     def __init__(
@@ -59,16 +61,18 @@ class EMState:
         self.noise: NoiseState | None = None
         self.amortized: AmortizedPosterior | None = None
         self.threshold: Tensor | None = None
+        self.adversary: GroupAdversary | None = None
         self.initial = initial.clone()
         self.resp = initial.clone()
         self.total_weight = float(weight.double().sum())
+        self._row_group, self._row_weight = group, weight.double()
         summed = torch.zeros(num_groups, dtype=torch.float64, device=weight.device).index_add_(
             0, group, weight.double()
         )
         self.group_weight = (torch.ones_like(summed) if per_pair else summed).float()
         # Under `pair` a weight multiplies the whole bound of its row, the gate's term included.
         self._count = summed if per_pair else (summed > 0).double()
-        self._num_groups = float(self._count.sum())
+        self._per_count = torch.ones_like(summed) if per_pair else summed.clamp_min(torch.finfo(torch.float64).tiny)
 
     def remember(self, group: Int[Tensor, "B"], log_q: Float[Tensor, "B K"]) -> None:
         """Keeps the responsibilities of the groups of a batch (rows of one group carry equal ones)."""
@@ -76,12 +80,19 @@ class EMState:
 
     def mean_resp(self) -> MeanResponsibility:
         """What the closed form of a global gate needs."""
-        mean = (self._count @ self.resp.double()) / self._num_groups
-        return MeanResponsibility(mean.to(self.resp.dtype), self._num_groups)
+        count = self._count if self.adversary is None else self._weighed_count(self.adversary.of_rows())
+        total = count.sum()
+        return MeanResponsibility(((count @ self.resp.double()) / total).to(self.resp.dtype), float(total))
+
+    def _weighed_count(self, factor: Float[Tensor, "R"]) -> Float[Tensor, "G"]:
+        """[G] c_g where rows weigh `factor` more: the sum over the group's rows of a_i times it, over n_g."""
+        weight = factor * self._row_weight
+        return torch.zeros_like(self._count).index_add_(0, self._row_group, weight) / self._per_count
 
     def figures(self) -> dict[str, float]:
         """What a line of the log says of what is learnt beside experts and gate."""
         found = {} if self.noise is None else self.noise.figures()
+        found |= {} if self.adversary is None else self.adversary.figures()
         if self.threshold is not None:
             found |= {f"mixture/mean_margin_{k}": value for k, value in enumerate(self.threshold.tolist())}
         return found if self.amortized is None else found | self.amortized.pop_gap()
@@ -89,12 +100,12 @@ class EMState:
     def state_dict(self) -> dict[str, Tensor]:
         """Plain tensors: evidence (`table`, `visited`), `initial` and `resp`; `q_mean` and `q_log_std` where q is.
 
-        What is learnt of label noise, the E-step's network and beta's thresholds likewise.
+        What is learnt of label noise, the E-step's network, groups' weights and beta's thresholds likewise.
         """
         state = {**self.evidence.state_dict(), "initial": self.initial.clone(), "resp": self.resp.clone()}
         if self.q is not None:
             state |= {"q_mean": self.q.mean.clone(), "q_log_std": self.q.log_std.clone()}
-        for part in (self.noise, self.amortized):
+        for part in (self.noise, self.amortized, self.adversary):
             state |= {} if part is None else part.state_dict()
         return state if self.threshold is None else state | {"threshold": self.threshold.clone()}
 
@@ -115,7 +126,7 @@ class EMState:
         if self.q is not None:
             self.q.mean.copy_(state["q_mean"])
             self.q.log_std.copy_(state["q_log_std"])
-        for part in (self.noise, self.amortized):
+        for part in (self.noise, self.amortized, self.adversary):
             if part is not None:
                 part.load_state_dict(state)
         if self.threshold is not None:

@@ -8,12 +8,13 @@ from typing import Any, cast
 
 from prefmix.mixture.likelihoods.model import PER_TOKEN, PROPER, FeedbackModel, Likelihood, LossType, Ties
 from prefmix.training.noise_options import NoiseOptions, first_noise, noise_problems
+from prefmix.training.robust_options import GroupRobustOptions, robust_problems
 
 SMOOTHED: tuple[LossType, ...] = ("sigmoid", "sigmoid_norm", "robust", "simpo")
 
 
 @dataclass
-class LikelihoodOptions(NoiseOptions):
+class LikelihoodOptions(NoiseOptions, GroupRobustOptions):
     """How a row's feedback becomes a log-likelihood under each expert (docs/theory.md has the equations)."""
 
     loss_type: LossType = field(
@@ -113,6 +114,7 @@ def likelihood_problems(values: Mapping[str, Any]) -> list[str]:
         + noise_problems(values)
     )
 
+        + robust_problems(values)
 
 def _adaptive_problems(values: Mapping[str, Any]) -> list[str]:
     if values["adaptive_beta"] is None:

@@ -50,6 +50,8 @@ def training_record(trainer: MixtureTrainer) -> dict[str, Any]:
         found["peak_memory_bytes"] = peak
     experts = trainer.mixture.experts
     trained = [parameter for parameter in trainer.mixture.parameters() if parameter.requires_grad]
+    if (adversary := trainer.em.adversary) is not None:
+        found["robust"] = adversary.record()
     return found | {
         "trained_parameters": sum(parameter.numel() for parameter in trained),
         "base_parameters": sum(parameter.numel() for parameter in experts.base_model.parameters()),

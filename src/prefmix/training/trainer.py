@@ -25,6 +25,7 @@ from prefmix.training.callbacks import EMCallback, MetricsFileCallback
 from prefmix.training.config import MixtureConfig
 from prefmix.training.em_state import EMState
 from prefmix.training.first_responsibilities import Start, first_responsibilities, resolve_init
+from prefmix.training.group_adversary import GroupAdversary
 from prefmix.training.guards import FiniteGuard
 from prefmix.training.held_out import held_out_metrics
 from prefmix.training.membership_step import first_q
@@ -159,7 +160,8 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         if self.args.pooling:
             apart = pooling_penalty(output, inputs, beta=self._beta, model=self.args.feedback_model)
             prior = prior - self.args.pooling * apart.sum()
-        loss = -(batch.bound.sum() + prior) * self.readers.number / num_items_in_batch
+        bound = batch.bound if self.em.adversary is None else self.em.adversary.weigh(inputs, batch.bound)
+        loss = -(bound.sum() + prior) * self.readers.number / num_items_in_batch
         self.meter.add(objective_sums(batch, output, lik, inputs))
         self.guard.observe_batch(inputs["row"], lik.log_lik, batch.log_weights, loss)
         # Where the gate alone learns, in closed form, nothing has a gradient; the loop wants one all the same.
@@ -368,6 +370,9 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
             self.em.amortized = AmortizedPosterior(self.args.num_experts, self.args.seed, device)
         if self.args.adaptive_beta is not None:
             self.em.threshold = torch.zeros(self.args.num_experts, device=device)
+        if self.args.robust_over is not None:
+            self.em.adversary = GroupAdversary(table, self.args, device)
+            run_identity |= self.em.adversary.identity()
         self.identity = run_identity
         self.frozen = FrozenExperts(self.mixture.experts, self.args.freeze_experts, self.args.train_experts)
         self.meter, self.guard = Meter(), FiniteGuard(table.source_row)

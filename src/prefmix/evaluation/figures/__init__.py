@@ -18,6 +18,7 @@ from prefmix.evaluation.figures.quality import accuracy_by_way, new_people, reli
 from prefmix.evaluation.figures.training import (
     bound_over_training,
     certainty_over_training,
+    group_losses_over_training,
     held_out_over_training,
     margins_over_training,
     usage_over_training,
@@ -34,6 +35,7 @@ __all__ = [
     "expert_divergence",
     "expert_length",
     "expert_rewards",
+    "group_losses_over_training",
     "groups_matrix",
     "held_out_over_training",
     "margins_over_training",

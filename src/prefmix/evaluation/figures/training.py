@@ -60,6 +60,21 @@ def held_out_over_training(log: Log) -> Figure | None:
     return Figure(title, svg, caption, *table_of(curves, "step"))
 
 
+def group_losses_over_training(log: Log) -> Figure | None:
+    """Training loss of each group under group DRO, or of the worst where they are many; None for other runs."""
+    prefix = "mixture/group_loss/"
+    names = dict.fromkeys(name for line in log for name in line if name.startswith(prefix))
+    curves = {name.removeprefix(prefix): series(log, name) for name in names}
+    curves = curves or {"the worst group": series(log, "mixture/worst_group_loss")}
+    if not any(curves.values()):
+        return None
+    drawn = [Curve(name, points, expert_colour(g)) for g, (name, points) in enumerate(curves.items())]
+    title = "Group DRO: losses of groups"
+    svg = line_chart(title, drawn, x_label=X_LABEL, y_label="nats per training row, last batch that had the group")
+    caption = "The adversary moves to the group that fares worst; lines that meet mean that nobody is left behind."
+    return Figure(title, svg, caption, *table_of(curves, "step"))
+
+
 def usage_over_training(log: Log) -> Figure | None:
     """Mean responsibility of each expert, stacked to one; None where the log has none."""
     num_experts = num_experts_of(log)
