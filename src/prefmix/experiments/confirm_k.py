@@ -114,7 +114,8 @@ def confirm(
 def _evidence(trainer: MixtureTrainer, test: ComparisonTable, states: TrunkStates) -> np.ndarray:
     """[U] log sum_k w_k prod_i p_ik of every user under the trained experts and their population's weights."""
     policy = trainer.policy
-    scores = score_rows(policy.model.experts, test, beta=policy.config.beta, states=states)
+    config = policy.config
+    scores = score_rows(policy.model.experts, test, beta=config.beta, feedback=config.feedback_model, states=states)
     grouped = group_log_lik(
         scores.log_lik, torch.from_numpy(test.user), len(test.users), torch.from_numpy(test.weight).double()
     )
