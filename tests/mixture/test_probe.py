@@ -152,3 +152,18 @@ def test_restarts_carry_the_names_of_the_best():
     good = result.restart_evidences > result.restart_evidences.max() - 1.0
     agreement = (result.restart_log_resp[good].argmax(2) == result.log_resp.argmax(1)).float().mean(1)
     assert good.sum() >= 2 and (agreement > 0.9).all()
+
+
+def test_groups_that_share_most_of_their_taste_are_pooled_and_opposed_ones_are_not():
+    shared = 6.0 * _tastes(1, 1.0, seed=1) + torch.cat([_tastes(1, 0.7), -_tastes(1, 0.7)])
+    features, chosen, rejected, group, _ = _planted(shared, 60, 8)
+    alike = fit_probe(features, chosen, rejected, group, 60, 2, ridge=0.1, pooling=None, generator=_generator())
+    assert alike.pooling >= 16.0
+    loose = fit_probe(features, chosen, rejected, group, 60, 2, ridge=0.1, generator=_generator())
+    truth = shared.mean(dim=0)
+    errors = [float((result.log_weights.exp() @ result.coefficients - truth).norm()) for result in (alike, loose)]
+    assert errors[0] < errors[1]
+    features, chosen, rejected, group, _ = _planted(2.0 * OPPOSED, 60, 8)
+    opposed = fit_probe(features, chosen, rejected, group, 60, 2, ridge=1.0, pooling=None, generator=_generator())
+    assert opposed.pooling <= 16.0
+    assert fit_probe(features, chosen, rejected, group, 60, 1, ridge=1.0, pooling=None).pooling == 0.0

@@ -27,6 +27,7 @@ from prefmix.mixture.spectral import sign_matrix, spectral_resp, summed_differen
 from prefmix.mixture.split_merge import split_and_merge
 
 RIDGE_GRID = (1.0, 4.0, 16.0, 64.0, 256.0)
+POOLING_GRID = (0.0, 16.0, 64.0, 256.0, 1024.0)
 FOLDS = 4
 MIN_GROUPS_TO_HOLD_OUT = 20
 MAX_RIDGE_ROWS = 6_000
@@ -46,6 +47,7 @@ class ProbeResult(NamedTuple):
         restart_log_resp: [S, G, K] responsibilities of every start, experts in the order of the best
             (`alignment.align`): their agreement is a diagnosis.
         ridge: the precision of the coefficients' prior that was used.
+        pooling: the precision that drew them to their mean, on top of it.
     """
 
     log_resp: Float[Tensor, "G K"]
@@ -56,6 +58,7 @@ class ProbeResult(NamedTuple):
     restart_evidences: Float[Tensor, "S"]
     restart_log_resp: Float[Tensor, "S G K"]
     ridge: float
+    pooling: float = 0.0
 
 
 def fit_probe(
@@ -69,6 +72,7 @@ def fit_probe(
     weight: Float[Tensor, "B"] | None = None,
     restarts: int = 8,
     ridge: float | None = None,
+    pooling: float | None = 0.0,
     anneal: float = 4.0,
     weight_concentration: float = WEIGHT_CONCENTRATION,
     generator: torch.Generator | None = None,
@@ -88,6 +92,8 @@ def fit_probe(
         weight: [B] row weights inside the group's likelihood; None for ones.
         restarts: S, number of starts.
         ridge: precision of the Gaussian prior of the coefficients; None chooses it on held-out rows.
+        pooling: precision that draws experts to their mean, on top of the ridge (`linear_em`): for groups of few
+            rows that share most of what they want. 0: none; None chooses it on held-out rows, after the ridge.
         anneal: temperature of the responsibilities at the start; 1 is plain EM.
         weight_concentration: a >= 1, Dirichlet balance prior of the weights; 1 is flat.
         generator: source of the starts; None seeds one with 0.
@@ -99,14 +105,17 @@ def fit_probe(
     data = _probe_data(features, chosen, rejected, group, num_groups, weight)
     if ridge is None:
         ridge = choose_ridge(data, num_experts, anneal=anneal, generator=generator)
+    if pooling is None:
+        pooling = choose_pooling(data, num_experts, ridge, anneal=anneal, generator=generator)
     starts = 1 if num_experts == 1 else restarts
     signs = sign_matrix(chosen, rejected, group, num_groups, weight)
     fit = fit_linear_em(
         data, num_experts, torch.full((starts,), ridge), anneal=anneal, generator=generator,
         weight_concentration=weight_concentration, first_resp=_first_resp(data, signs, starts, num_experts),
+        pooling=torch.full((starts,), pooling) if pooling else None,
     )  # fmt: skip
-    best = split_and_merge(data, fit, ridge, weight_concentration=weight_concentration)
-    return _result(best, fit, ridge)
+    best = split_and_merge(data, fit, ridge, weight_concentration=weight_concentration, pooling=pooling or None)
+    return _result(best, fit, ridge, pooling)
 
 
 def probe_predict(
@@ -157,18 +166,53 @@ def choose_ridge(
     itself is fitted, not one linear reward: where groups are opposed, one reward explains nothing at any ridge and
     would choose the largest. Only training rows are used.
     """
+    ridges = torch.tensor(grid)
+    return grid[int(_cross_validated(data, num_experts, ridges, None, anneal, generator, starts).argmax())]
+
+
+def choose_pooling(
+    data: ProbeData,
+    num_experts: int,
+    ridge: float,
+    *,
+    anneal: float,
+    generator: torch.Generator,
+    grid: tuple[float, ...] = POOLING_GRID,
+    starts: int = 2,
+) -> float:
+    """The pooling of best held-out evidence at a given ridge, as `choose_ridge` chooses that; of equals the least.
+
+    With one expert there is nothing to pool, and the answer is 0.
+    """
+    if num_experts == 1:
+        return 0.0
+    ridges, poolings = torch.full((len(grid),), ridge), torch.tensor(grid)
+    return grid[int(_cross_validated(data, num_experts, ridges, poolings, anneal, generator, starts).argmax())]
+
+
+def _cross_validated(
+    data: ProbeData,
+    num_experts: int,
+    ridges: Float[Tensor, "C"],
+    poolings: Float[Tensor, "C"] | None,
+    anneal: float,
+    generator: torch.Generator,
+    starts: int,
+) -> Float[Tensor, "C"]:
+    """Held-out evidence of C priors, nats summed over folds; each with the best of `starts` starts."""
     data = _sample_groups(data, generator)
     fold = _fold_of_rows(data, generator)
-    score = torch.zeros(len(grid))
-    ridges = torch.tensor(grid).repeat_interleave(starts)
+    score = torch.zeros(len(ridges))
+    ridge = ridges.repeat_interleave(starts)
+    pooling = None if poolings is None else poolings.repeat_interleave(starts)
     for held_out in range(FOLDS):
         train, test = data.select(fold != held_out), data.select(fold == held_out)
         if len(test.group) == 0 or len(train.group) == 0:
             continue
-        fit = fit_linear_em(train, num_experts, ridges, anneal=anneal, generator=generator)
-        best = fit.penalised.view(len(grid), starts).argmax(dim=1) + torch.arange(len(grid)) * starts
+        fit = fit_linear_em(train, num_experts, ridge, anneal=anneal, generator=generator, pooling=pooling)
+        best = fit.penalised.view(len(ridges), starts).argmax(dim=1) + torch.arange(len(ridges)) * starts
         score += _held_out_evidence(fit, best, test)
-    return grid[int(score.argmax())]
+    return score
 
 
 def _held_out_evidence(fit: LinearEM, start: Int[Tensor, "C"], test: ProbeData) -> Float[Tensor, "C"]:
@@ -232,7 +276,7 @@ def _first_resp(data: ProbeData, signs: Float[Tensor, "G Q"], starts: int, num_e
     return resp
 
 
-def _result(best: LinearEM, fit: LinearEM, ridge: float) -> ProbeResult:
+def _result(best: LinearEM, fit: LinearEM, ridge: float, pooling: float) -> ProbeResult:
     """The best start with its experts sorted by weight, and the others aligned to it."""
     order = best.log_weights[0].argsort(descending=True, stable=True)
     log_resp = best.log_resp[0][:, order]
@@ -245,4 +289,5 @@ def _result(best: LinearEM, fit: LinearEM, ridge: float) -> ProbeResult:
         restart_evidences=fit.penalised,
         restart_log_resp=align(fit.log_resp, log_resp).log_resp,
         ridge=ridge,
+        pooling=pooling,
     )
