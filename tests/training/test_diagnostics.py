@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from prefmix.training.diagnostics import report_identifiability, warn_of_collapse
+from prefmix.training.config import MixtureConfig
+from prefmix.training.diagnostics import report_identifiability, warn_of_collapse, warn_of_overconfidence
 from prefmix.training.trainer import MixtureTrainer
 
 Make = Callable[..., MixtureTrainer]
@@ -64,6 +65,17 @@ def test_posteriors_that_are_surer_than_people_are_consistent_get_a_remedy_at_th
             make_trainer(eval_data=data, **options).train()
         assert caplog.text.count("label_noise") == said
         assert (remedy in caplog.text) == bool(said)
+
+
+def test_where_noise_is_learnt_the_remedy_is_its_prior(make_trainer: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """`label_noise` only says where a learnt rate starts: to set it would change nothing."""
+    trainer = make_trainer(label_noise_update="per_annotator", label_noise_prior=[1.2, 2.8])
+    trainer.state.log_history = [{"eval_loss": 0.9, "eval_population_loss": 0.6}]
+    with caplog.at_level(logging.WARNING, logger="prefmix"):
+        warn_of_overconfidence(trainer)
+    assert "label_noise is learnt (now 0.1 " in caplog.text and "set label_noise" not in caplog.text
+    assert "give label_noise_prior more weight, such as [3, 9]" in caplog.text
+    MixtureConfig(str(trainer.args.output_dir), label_noise_update="per_annotator", label_noise_prior=[3, 9])
 
 
 def test_several_held_out_sets_and_none_at_all_end_in_peace(make_trainer: Make, make_rows: Any) -> None:

@@ -94,10 +94,24 @@ def warn_of_overconfidence(trainer: MixtureTrainer) -> None:
     worse = [(personal, gate) for personal, gate in held_out if personal > gate + LOSS_MARGIN]
     if not worse or not trainer.args.should_log:
         return
-    noise = trainer.args.label_noise
-    remedy = f"raise label_noise (now {noise:g})" if noise else "set label_noise"
     logger.warning(
         "prefmix: held-out log-loss is %.3f with each user's posterior and %.3f with the gate alone: posteriors are "
-        "surer than people are consistent; %s to the share of judgements that may be flipped, such as %g",
-        *(*worse[0], remedy, min(2 * noise, 0.4) if noise else 0.1),
+        "surer than people are consistent; %s",
+        *(*worse[0], _remedy_of_overconfidence(trainer)),
     )
+
+
+def _remedy_of_overconfidence(trainer: MixtureTrainer) -> str:
+    """Noise as given is given higher; where it is learnt from rows that experts have come to fit, its prior is."""
+    args, learnt = trainer.args, trainer.em.noise
+    if learnt is not None:
+        flipped, kept = (count - 1.0 for count in args.label_noise_prior)
+        stronger = [1.0 + 4.0 * max(flipped, 0.5), 1.0 + 4.0 * max(kept, 2.0)]
+        return (
+            f"label_noise is learnt (now {learnt.population:.2g} on training rows, which the experts fit): train fewer "
+            f"epochs, or give label_noise_prior more weight, such as [{stronger[0]:g}, {stronger[1]:g}]"
+        )
+    noise = args.label_noise
+    remedy = f"raise label_noise (now {noise:g})" if noise else "set label_noise"
+    share = min(2 * noise, 0.4) if noise else 0.1
+    return f"{remedy} to the share of judgements that may be flipped, such as {share:g}"
