@@ -7,7 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefmix.mixture.bradley_terry import implicit_rewards, margins, mixture_log_lik, preference_log_lik
+from prefmix.mixture.bradley_terry import (
+    implicit_rewards,
+    margins,
+    margins_of_log_lik,
+    mixture_log_lik,
+    preference_log_lik,
+)
 
 
 def test_margins_are_differences_of_scaled_log_ratios():
@@ -67,3 +73,13 @@ def test_both_answers_have_probability_one_together(seed, noise):
     one = mixture_log_lik(log_weights, preference_log_lik(m, noise)).exp()
     other = mixture_log_lik(log_weights, preference_log_lik(-m, noise)).exp()
     torch.testing.assert_close(one + other, torch.ones(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("dtype", "noise", "reach"), [
+    (torch.float32, 0.0, 80.0), (torch.float64, 0.0, 600.0), (torch.float32, 0.1, 7.0), (torch.float64, 0.1, 25.0)
+])  # fmt: skip
+def test_margins_come_back_from_log_likelihoods(dtype, noise, reach):
+    m = torch.linspace(-reach, reach, 41, dtype=dtype)[:, None]
+    torch.testing.assert_close(margins_of_log_lik(preference_log_lik(m, noise), noise), m, rtol=1e-3, atol=1e-3)
+    extreme = margins_of_log_lik(preference_log_lik(1e4 * torch.tensor([[-1.0, 1.0]], dtype=dtype), noise), noise)
+    assert extreme.isfinite().all() and extreme[0, 0] < -10 and extreme[0, 1] > 10

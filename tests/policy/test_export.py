@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,27 @@ def test_a_folder_for_servers_holds_the_mixture(make_policy: Callable[..., Mixtu
     assert torch.allclose(torch.logsumexp(torch.stack(mixed), 0), policy.log_prob(PROMPT, RESPONSES), atol=1e-4)
     guide = (tmp_path / "served" / "README.md").read_text()
     assert "vllm serve base" in guide and "`lm_head`" in guide and "--max-lora-rank 8" in guide
+
+
+@pytest.mark.parametrize("head", ["hidden", "logit"])
+def test_of_a_product_the_weighted_sum_of_output_adapters_is_the_product(
+    make_policy: Callable[..., MixturePolicy], tmp_path: Path, head: str
+) -> None:
+    policy = make_policy(head=head)
+    policy.config = replace(policy.config, feedback={"likelihood": "log_linear"})
+    export_servers(policy, tmp_path / "served")
+    mixture = json.loads((tmp_path / "served" / "mixture.json").read_text())
+    assert mixture["combine"] == "log_linear"
+    guide = (tmp_path / "served" / "README.md").read_text()
+    assert "# A product of 3" in guide and "add_weighted_adapter" in guide and "random.choices" not in guide
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "served" / mixture["base_model"])
+    model = PeftModel.from_pretrained(base, tmp_path / "served" / "expert_0", adapter_name="expert_0")
+    for expert in mixture["experts"][1:]:
+        model.load_adapter(str(tmp_path / "served" / expert["path"]), adapter_name=expert["name"])
+    names, weights = zip(*((expert["name"], expert["weight"]) for expert in mixture["experts"]), strict=True)
+    model.add_weighted_adapter(list(names), list(weights), "blend", combination_type="cat")
+    model.set_adapter("blend")
+    assert torch.allclose(log_probs_of(model, policy), policy.log_prob(PROMPT, RESPONSES), atol=1e-4)
 
 
 def test_users_are_left_out_unless_asked_for(make_policy: Callable[..., MixturePolicy], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from prefmix.policy.generation import DECODERS, SamplingOptions, decode, update_log_rho
+from prefmix.policy.generation import DECODERS, PRODUCT, SamplingOptions, blend, decode, update_log_rho
 from prefmix.policy.responses import left_pad
 
 WEIGHTS = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
@@ -158,7 +158,8 @@ def draw_counts(experts, decoder, options):
     prompt = left_pad([SMALL_PROMPT] * DRAWS, 0, torch.device("cpu"))
     start = DECODERS[decoder](WEIGHTS.log().expand(DRAWS, -1), generator)
     written = [[] for _ in range(DRAWS)]
-    for step in decode(experts, *prompt, start, options, eos_token_ids={EOS}, generator=generator):
+    ends = {"eos_token_ids": {EOS}, "product": decoder == PRODUCT}
+    for step in decode(experts, *prompt, start, options, generator=generator, **ends):
         for row, token in zip(step.rows.tolist(), step.tokens.tolist()):
             written[row].append(token)
     position = {response: i for i, response in enumerate(all_continuations())}
@@ -186,6 +187,85 @@ def test_frequencies_are_those_of_the_mixture(small, decoder, options):
     assert np.abs(constant - exact).sum() > 0.1, "the experts are too alike for this test to mean anything"
     wrong = constant[exact > 0] / constant[exact > 0].sum()
     assert chi_square_p(counts[exact > 0], wrong) < 1e-6, "mixing with constant weights would have passed as well"
+
+
+@torch.no_grad()
+def product_probabilities(experts, options, log_weights):
+    """Of every continuation: by tokens' normalised geometric means, and as the product over whole responses."""
+    by_token, whole = [], []
+    for response in all_continuations():
+        logits = expert_logits(experts, SMALL_PROMPT + list(response))[:, 1 : 1 + len(response)]
+        mean = (log_weights.exp()[:, None, None] * logits.log_softmax(-1)).sum(0)
+        tokens = torch.tensor(response)[:, None]
+        whole.append(float(mean.gather(1, tokens).sum()))
+        steps = [processed_log_probs(row.log_softmax(-1), [], options) for row in mean]
+        by_token.append(sum(float(step[token]) for step, token in zip(steps, response, strict=True)))
+    return np.exp(by_token), np.exp(whole) / np.exp(whole).sum()
+
+
+@pytest.mark.parametrize("options", [SamplingOptions(3), SamplingOptions(3, temperature=0.8, top_p=0.9)], ids=str)
+def test_product_draws_tokens_from_the_normalised_geometric_mean(small, options):
+    exact, whole = product_probabilities(small, options, WEIGHTS.log())
+    assert exact.sum() == pytest.approx(1)
+    counts = draw_counts(small, PRODUCT, options)
+    assert chi_square_p(counts, exact) > 1e-3
+    if options == SamplingOptions(3):
+        mixture = continuation_probabilities(small, options)
+        assert chi_square_p(counts, mixture) < 1e-6, "the mixture would have passed as well"
+        assert chi_square_p(counts, whole) < 1e-6, "the product over whole responses is another policy"
+
+
+@torch.no_grad()
+def test_product_over_whole_responses_is_that_by_tokens_times_the_agreement_along_the_way(small):
+    """prod_k pi_k(y)^w_k = p(y) prod_t Z_t(y_<t), Z_t <= 1: what the docstring says of where the two differ."""
+    by_token, _ = product_probabilities(small, SamplingOptions(3), WEIGHTS.log())
+    for probability, response in zip(by_token, all_continuations(), strict=True):
+        logits = expert_logits(small, SMALL_PROMPT + list(response))[:, 1 : 1 + len(response)]
+        mean = (WEIGHTS[:, None, None] * logits.log_softmax(-1)).sum(0)
+        agreement = mean.logsumexp(-1)
+        assert (agreement <= 1e-9).all()
+        unnormalised = mean.gather(1, torch.tensor(response)[:, None]).sum()
+        assert float(unnormalised) == pytest.approx(np.log(probability) + float(agreement.sum()), abs=1e-4)
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+@torch.no_grad()
+def test_product_equals_the_geometric_mean_at_every_position_of_a_batch(experts, options):
+    prompt, generator = left_pad(PROMPTS, 0, torch.device("cpu")), torch.Generator().manual_seed(1)
+    start = WEIGHTS.log().expand(len(PROMPTS), -1)
+    steps = list(decode(experts, *prompt, start, options, eos_token_ids=set(), generator=generator, product=True))
+    for row, ids in enumerate(PROMPTS):
+        read = list(ids)
+        for step in steps[:12]:
+            blended = (WEIGHTS[:, None] * expert_logits(experts, read)[:, -1]).sum(0)
+            expected = processed_log_probs(blended, read, options)
+            assert (step.distribution[row].double().exp() - expected.exp()).abs().max() < 1e-5
+            torch.testing.assert_close(step.log_rho[row].exp(), WEIGHTS)
+            read.append(int(step.tokens[row]))
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+def test_a_product_of_one_expert_is_that_expert_at_any_setting(experts, options):
+    prompt, one = left_pad(PROMPTS, 0, torch.device("cpu")), torch.full((3, 4), -torch.inf, dtype=torch.float64)
+    one[torch.arange(3), torch.tensor([2, 0, 2])] = 0.0
+    written = [
+        list(
+            decode(
+                experts, *prompt, one, options, eos_token_ids=set(),
+                generator=torch.Generator().manual_seed(4), product=product,
+            )
+        )
+        for product in (False, True)
+    ]  # fmt: skip
+    for alone, product in zip(*written, strict=True):
+        assert torch.equal(alone.tokens, product.tokens)
+        torch.testing.assert_close(alone.distribution, product.distribution, atol=1e-5, rtol=1e-5)
+
+
+def test_an_expert_without_weight_says_nothing_in_a_product_even_where_it_forbids_a_token():
+    logits = torch.tensor([[[1.0, 0.0], [-torch.inf, 0.0]]])
+    assert blend(torch.tensor([[0.0, -torch.inf]]), logits).tolist() == [[[1.0, 0.0]]]
+    assert blend(torch.tensor([[0.5, 0.5]]).log(), logits).tolist() == [[[-torch.inf, 0.0]]]
 
 
 def test_top_is_the_heaviest_expert_alone(experts):

@@ -199,7 +199,6 @@ def test_a_killed_run_resumes_bit_for_bit(
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"combine": "log_linear"}, "combine"),
         ({"gate": ["user"]}, "gate"),
         ({"num_experts": 1}, "num_experts"),
         ({"membership_samples": 3}, "membership_samples"),

@@ -7,16 +7,15 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from prefmix.cli.generate import add_sampling, objective_weights, sampling
+from prefmix.cli.generate import DECODERS, add_sampling, objective_weights, sampling
 from prefmix.cli.loading import add_policy, load_policy
 from prefmix.cli.output import note, stdout_is_for_results
 
 if TYPE_CHECKING:
     from prefmix.policy.mixture_policy import MixturePolicy
 
-DECODERS = ("sample", "mixture", "top")
 HELP = """/user NAME      speak as this user (/user alone: as nobody in particular)
-/decoder NAME   sample, mixture or top
+/decoder NAME   sample, mixture, top or product
 /weights        the weights of the experts for this user
 /reset          forget the conversation
 /quit           leave"""

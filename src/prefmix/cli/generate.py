@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from prefmix.policy.prompts import Prompt
 
 
+DECODERS = ("sample", "mixture", "top", "product")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add_policy(parser)
@@ -38,10 +41,10 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metadata", help="metadata of the user or row, as YAML: '{user_age: 30}'")
     parser.add_argument(
         "--decoder",
-        choices=("sample", "mixture", "top"),
-        default="sample",
+        choices=DECODERS,
         help="sample: one expert for the whole answer (exact); mixture: every token from the mixture (exact); "
-        "top: the heaviest expert",
+        "top: the heaviest expert; product: every token from the experts' geometric mean; default: product for "
+        "policies of combine: log_linear, else sample",
     )
     parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer, in tokens")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")

@@ -19,6 +19,7 @@ from prefmix.data.text_table import SplitText, TextTableBuilder
 from prefmix.evaluation.intervals import Estimate, cluster_bootstrap
 from prefmix.evaluation.rewards import Reward
 from prefmix.evaluation.text_statistics import distinct_share, overlap_within_prompts, repetition
+from prefmix.policy.generation import PRODUCT
 from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.policy.prompts import prompt_token_ids
 from prefmix.policy.text_scores import text_log_probs
@@ -33,7 +34,7 @@ class Samples(NamedTuple):
         prompts: P prompts.
         responses: N texts.
         token_ids: N token sequences, the end of sequence included where it was written.
-        log_probs: [N] log pi(y | x) = log sum_k w_k pi_k(y | x) of the policy that wrote them, nats.
+        log_probs: [N] log pi(y | x) = log sum_k w_k pi_k(y | x) of the policy that wrote them (or its product), nats.
         expert_log_probs: [N, K] log pi_k(y | x), nats.
         ref_log_probs: [N] log pi_ref(y | x), nats.
     """
@@ -72,7 +73,7 @@ def sample_responses(
     *,
     each: int = 2,
     weights: Sequence[float] | None = None,
-    decoder: str = "sample",
+    decoder: str | None = None,
     max_new_tokens: int = 48,
     seed: int = 0,
     batch: int = BATCH,
@@ -84,7 +85,8 @@ def sample_responses(
         prompts: P prompts.
         each: n, responses for each prompt.
         weights: K weights to use; by default those of an unknown user.
-        decoder: `sample` or `mixture`, which draw from one distribution.
+        decoder: `sample` or `mixture`, which draw from one distribution, or `product`, if that is the policy; None: the
+            policy's own.
         max_new_tokens: longest response; the KL is that of the policies stopped there.
         seed: of the draws.
         batch: sequences decoded together.
@@ -92,8 +94,10 @@ def sample_responses(
     Raises:
         ValueError: another decoder.
     """
-    if decoder not in ("sample", "mixture"):
-        raise ValueError(f"decoder={decoder!r}: only sample and mixture draw from the policy itself")
+    own = (PRODUCT,) if policy.decoder == PRODUCT else ("sample", "mixture")
+    decoder = policy.decoder if decoder is None else decoder
+    if decoder not in own:
+        raise ValueError(f"decoder={decoder!r}: only {' and '.join(own)} draw from the policy itself")
     log_weights = (policy.gate_weights() if weights is None else torch.tensor(weights, dtype=torch.float64)).log()
     log_weights = torch.log_softmax(log_weights.double(), dim=0)
     prompts, written = list(prompts), []
@@ -112,12 +116,12 @@ def sample_responses(
         prompt = prompt_token_ids(prompts[i], policy.tokenizer)
         builder.add(SplitText(prompt, response.token_ids), reuse=False)
     scored = text_log_probs(policy.model.experts, builder.build())
-    expert = scored.log_probs.double()
+    expert, drawn = scored.log_probs.double(), np.array([response.log_prob for _, response in written])
     return Samples(
         prompts,
         [response.text for _, response in written],
         [response.token_ids for _, response in written],
-        torch.logsumexp(log_weights + expert, dim=1).numpy(),
+        drawn if decoder == PRODUCT else torch.logsumexp(log_weights + expert, dim=1).numpy(),
         expert.numpy(),
         scored.ref_log_probs[:, 0].double().numpy(),
     )

@@ -17,6 +17,7 @@ from prefmix.data.comparisons import ComparisonTable, TextTable
 from prefmix.data.schema import check_rows
 from prefmix.evaluation.figures.experts import Divergence
 from prefmix.experiments.run_data import Dispute, Example
+from prefmix.policy.generation import PRODUCT
 from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.policy.preferences import PreferenceScores, candidate_scores
 from prefmix.policy.prompts import Prompt, prompt_token_ids
@@ -75,7 +76,7 @@ def find_disputes(
 def write_examples(
     policy: MixturePolicy, rows: Sequence[Mapping[str, Any]], weights: np.ndarray | None, options: ReportOptions
 ) -> Written | None:
-    """Answers of every expert and of the mixture to a few prompts, drawn from the policy itself (temperature 1).
+    """Answers of every expert and of all together to a few prompts, drawn from the policy itself (temperature 1).
 
     Args:
         policy: what writes.
@@ -90,6 +91,7 @@ def write_examples(
     if prompts is None:
         return None
     num_experts, seed = policy.config.num_experts, options.seed
+    together = PRODUCT if policy.decoder == PRODUCT else "mixture"
     settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "return_details": True}
     examples, responses = [], [[] for _ in range(num_experts)]  # type: tuple[list[Example], list[list[Any]]]
     total = len(prompts) * (num_experts + 1)
@@ -104,9 +106,8 @@ def write_examples(
                 responses[k] += [(prompt, response) for response in written]
                 answers.append(written[0])
                 bar.update()
-            mixed = policy.generate(
-                [prompt], decoder="mixture", weights=policy.gate_weights(prompt).tolist(), seed=seed + i, **settings
-            )
+            blend = policy.gate_weights(prompt).tolist()
+            mixed = policy.generate([prompt], decoder=together, weights=blend, seed=seed + i, **settings)
             answers += mixed if num_experts > 1 else []
             bar.update()
             examples.append(_example(policy, prompt, answers, weights))
@@ -136,9 +137,13 @@ def _example(policy: MixturePolicy, prompt: Prompt, answers: Sequence[Response],
     if weights is not None and policy.config.feedback_model.likelihood == "mbt":
         first = (weights @ score).argmax(axis=1)
         people = (np.bincount(first, minlength=len(answers)) / len(first)).tolist()
-    writers = [f"expert {k}" for k in range(num_experts)] + ["the mixture"] * (len(answers) - num_experts)
+    writers = [f"expert {k}" for k in range(num_experts)] + [_together(policy)] * (len(answers) - num_experts)
     shown = prompt if isinstance(prompt, str) else "\n".join(f"{m.get('role')}: {m.get('content')}" for m in prompt)
     return Example(clip(shown), writers, [clip(a.text) for a in answers], score.tolist(), people)
+
+
+def _together(policy: MixturePolicy) -> str:
+    return "the product" if policy.decoder == PRODUCT else "the mixture"
 
 
 def _divergence(policy: MixturePolicy, expert: int, written: Sequence[tuple[Prompt, Response]]) -> Divergence:

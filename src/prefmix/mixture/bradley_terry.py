@@ -77,6 +77,31 @@ def preference_log_lik(margins: Float[Tensor, "B K"], label_noise: float = 0.0) 
     return torch.logaddexp(math.log1p(-label_noise) + logsigmoid(margins), math.log(label_noise) + logsigmoid(-margins))
 
 
+def margins_of_log_lik(log_lik: Float[Tensor, "B K"], label_noise: float = 0.0) -> Float[Tensor, "B K"]:
+    """The margins behind log-likelihoods: the inverse of `preference_log_lik`.
+
+        m_k = log(p_k - e) - log(1 - e - p_k)
+
+    So what is kept of a row as log p_k serves likelihoods of summed margins as well. Without noise nothing is lost but
+    margins above 87 nats, where a float32 log p_k is 0. With noise p_k itself runs out of digits where it comes near e
+    and 1 - e: margins beyond +-16 (float32; +-36 in float64) come back as about that.
+
+    Args:
+        log_lik: [B, K] log p_k of `preference_log_lik`, nats.
+        label_noise: e, as there.
+
+    Returns:
+        [B, K] m_k, finite, of `log_lik`'s type.
+    """
+    smallest, digits = torch.finfo(log_lik.dtype).tiny, torch.finfo(log_lik.dtype).eps
+    value = log_lik.double().clamp(max=-smallest)
+    if label_noise == 0.0:
+        return (value - torch.log(-torch.expm1(value))).to(log_lik.dtype)
+    probability = value.exp()
+    above, below = probability - label_noise, 1.0 - label_noise - probability
+    return (above.clamp(min=digits).log() - below.clamp(min=digits).log()).to(log_lik.dtype)
+
+
 def mixture_log_lik(log_weights: Float[Tensor, "B K"], log_lik: Float[Tensor, "B K"]) -> Float[Tensor, "B"]:
     """The mixture of Bradley-Terry likelihoods: log p(y_w > y_l | x, u) = log sum_k w_k p_k.
 

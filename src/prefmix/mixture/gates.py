@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from prefmix.mixture.gate_terms import GATE_TERMS, build_term
+from prefmix.mixture.membership import Combination
 from prefmix.mixture.membership_network import MembershipNetwork
 from prefmix.mixture.precision import at_least_float32
 from prefmix.mixture.priors import check_alpha, dirichlet_log_density, map_log_weights
@@ -67,6 +68,8 @@ class Gate(nn.Module):
         user_strength: float | None = None,
         membership_dim: int = 0,
         membership_encoder: int = 0,
+        membership_combine: Combination = "mixture",
+        membership_noise: float = 0.0,
         seed: int = 0,
     ) -> None:
         """Builds a uniform gate.
@@ -83,6 +86,8 @@ class Gate(nn.Module):
                 one for each expert: enough that a user with two comparisons does not become one-hot.
             membership_dim: d of `latent="membership"`, whose loading lives here; 0 under the other latents.
             membership_encoder: hidden units of its encoder of users; 0: none.
+            membership_combine: how a blend judges, `mixture` or `log_linear`.
+            membership_noise: e of rows that `log_linear` blends judge.
             seed: of the loading.
 
         Raises:
@@ -111,10 +116,8 @@ class Gate(nn.Module):
             {name: build_term(name, sizes[f"{GATE_TERMS[name].reads}_dim"], num_experts)
              for name in terms if name in GATE_TERMS}
         )  # fmt: skip
-        membership = (
-            MembershipNetwork(num_experts, membership_dim, membership_encoder, seed) if membership_dim else None
-        )
-        self.membership = membership
+        blend = (membership_dim, membership_encoder, seed, membership_combine, membership_noise)
+        self.membership = MembershipNetwork(num_experts, *blend) if membership_dim else None
 
     @property
     def reads(self) -> set[str]:
@@ -228,13 +231,16 @@ class Gate(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready keyword arguments of the constructor."""
-        membership = {}
+        membership: dict[str, Any] = {}
         if self.membership is not None:
             encoder = self.membership.encoder
             membership = {
                 "membership_dim": self.membership.dim,
                 "membership_encoder": 0 if encoder is None else encoder.hidden,
             }
+            if self.membership.combine == "log_linear":
+                noise = self.membership.label_noise
+                membership |= {"membership_combine": "log_linear", "membership_noise": noise}
         return membership | {
             "num_experts": self.num_experts,
             "terms": list(self.terms),

@@ -62,6 +62,7 @@ class MembershipRows(NamedTuple):
         user: [B] 0..G-1.
         weight: [B] a_i, inside the user's likelihood: weight 2 means the row twice.
         num_users: G; users without rows are allowed.
+        label_noise: e of `log_linear`; under `mixture` it is within p_ik.
     """
 
     gate_log_weights: Float[Tensor, "B K"]
@@ -69,6 +70,7 @@ class MembershipRows(NamedTuple):
     user: Int[Tensor, "B"]
     weight: Float[Tensor, "B"]
     num_users: int
+    label_noise: float = 0.0
 
 
 class Membership(nn.Module):
@@ -191,7 +193,9 @@ def rows_log_lik(
         combine: `mixture` or `log_linear`.
     """
     log_weights = membership_log_weights(rows.gate_log_weights, loading, z[:, rows.user])
-    return mixture_rows(log_weights, rows.score) if combine == "mixture" else log_linear_rows(log_weights, rows.score)
+    if combine == "mixture":
+        return mixture_rows(log_weights, rows.score)
+    return log_linear_rows(log_weights, rows.score, rows.label_noise)
 
 
 def kl_to_prior(q: GaussianQ) -> Float[Tensor, "G d"]:
@@ -289,7 +293,7 @@ def predictive_log_weights(
     """Log E_q softmax(gate_i + A z): what a policy uses for a row.
 
     Under `mixture` these weights give the predictive probability exactly, sum_k E[w_k] p_k; under `log_linear` they
-    give the mean blend.
+    give the mean blend, whose margin is the mean margin, sum_k E[w_k] m_k.
 
     Args:
         gate_log_weights: [B, K].

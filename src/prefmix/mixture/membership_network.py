@@ -2,6 +2,8 @@
 
     w(x, u) = softmax(gate(x, u) + A z_u)
 
+It also knows how the experts' judgements are combined (`membership.Combination`), which A and the encoder serve.
+
 Legend: B rows, C comparisons, G users, K experts, d latent dimensions.
 """
 
@@ -11,8 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from prefmix.mixture.bradley_terry import margins_of_log_lik
 from prefmix.mixture.membership import (
     LOADING_VARIANCE,
+    Combination,
     GaussianQ,
     MembershipRows,
     initial_loading,
@@ -33,7 +37,15 @@ class MembershipNetwork(nn.Module):
 
     encoder: UserEncoder | None
 
-    def __init__(self, num_experts: int, dim: int, encoder_hidden: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        encoder_hidden: int = 0,
+        seed: int = 0,
+        combine: Combination = "mixture",
+        label_noise: float = 0.0,
+    ) -> None:
         """Builds a loading in general position.
 
         Args:
@@ -41,8 +53,11 @@ class MembershipNetwork(nn.Module):
             dim: d, at least 1.
             encoder_hidden: hidden units of the encoder; 0: no encoder, users are fitted.
             seed: of A and of the encoder's weights.
+            combine: `mixture` or `log_linear`.
+            label_noise: e of the rows, which `log_linear` applies to the summed margin.
         """
         super().__init__()
+        self.combine, self.label_noise = combine, label_noise
         self.loading = nn.Parameter(initial_loading(num_experts, dim, FIRST_SPREAD, seed))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -64,12 +79,19 @@ class MembershipNetwork(nn.Module):
         noise = standard_draws(PREDICTIVE_DRAWS, self.dim)
         return predictive_log_weights(gate_log_weights.double().cpu(), self.loading.double().cpu(), q, noise)
 
+    def judged(self, rows: MembershipRows) -> MembershipRows:
+        """Rows whose `score` is log p_ik as the combination reads them: with margins under `log_linear`."""
+        if self.combine == "mixture":
+            return rows
+        score = margins_of_log_lik(rows.score, self.label_noise)
+        return rows._replace(score=score, label_noise=self.label_noise)
+
     @torch.no_grad()
     def learn(self, rows: MembershipRows, before: GaussianQ | None = None) -> GaussianQ:
         """What the comparisons of G users tell of them: one pass of the encoder, or a small fit.
 
         Args:
-            rows: comparisons; `score` is log p_ik.
+            rows: comparisons; `score` is log p_ik, whatever the combination.
             before: what was known of the one user whose rows these are. It plays the part of the prior (streaming
                 variational Bayes, Broderick et al. 2013), z = mean + std z' with z' ~ N(0, I), and z' is fitted.
 
@@ -80,13 +102,13 @@ class MembershipNetwork(nn.Module):
             as_trained = rows_as(rows, self.loading.dtype, self.loading.device)
             q = encode(self.encoder, as_trained, as_trained.score)
             return GaussianQ(q.mean.double().cpu(), q.log_std.double().cpu())
-        rows, loading = rows_as(rows, torch.float64, "cpu"), self.loading.double().cpu()
+        rows, loading = self.judged(rows_as(rows, torch.float64, "cpu")), self.loading.double().cpu()
         noise = standard_draws(FIT_DRAWS, self.dim)
         if before is None:
-            return fit_users(rows, loading, "mixture", noise).q
+            return fit_users(rows, loading, self.combine, noise).q
         assert rows.num_users == 1, "earlier knowledge is of one user"
         moved = rows._replace(gate_log_weights=rows.gate_log_weights + before.mean @ loading.T)
-        q = fit_users(moved, loading * before.log_std.exp(), "mixture", noise).q
+        q = fit_users(moved, loading * before.log_std.exp(), self.combine, noise).q
         return GaussianQ(before.mean + before.log_std.exp() * q.mean, before.log_std + q.log_std)
 
     def log_prior(self) -> Float[Tensor, ""]:
@@ -97,4 +119,4 @@ class MembershipNetwork(nn.Module):
 def rows_as(rows: MembershipRows, dtype: torch.dtype, device: torch.device | str) -> MembershipRows:
     """The rows in another type, on another device."""
     gate, score, weight = (part.to(device, dtype) for part in (rows.gate_log_weights, rows.score, rows.weight))
-    return MembershipRows(gate, score, rows.user.to(device), weight, rows.num_users)
+    return MembershipRows(gate, score, rows.user.to(device), weight, rows.num_users, rows.label_noise)

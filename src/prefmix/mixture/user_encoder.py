@@ -197,7 +197,6 @@ def _part_of_users(
     position = torch.full((rows.num_users,), -1).index_put((drawn,), torch.arange(len(drawn)))
     share = torch.rand(rows.num_users, generator=generator)
     kept = (position[rows.user] >= 0) & (torch.rand(len(rows.user), generator=generator) < share[rows.user])
-    part = MembershipRows(
-        rows.gate_log_weights[kept], rows.score[kept], position[rows.user[kept]], rows.weight[kept], len(drawn)
-    )
+    gate, score, weight = rows.gate_log_weights[kept], rows.score[kept], rows.weight[kept]
+    part = MembershipRows(gate, score, position[rows.user[kept]], weight, len(drawn), rows.label_noise)
     return part, log_lik[kept]

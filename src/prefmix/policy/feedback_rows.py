@@ -63,5 +63,6 @@ def check_feedback(table: ComparisonTable, model: FeedbackModel) -> None:
         )
     if model.likelihood != "mbt" and (table.ranked is not None or table.label is not None):
         raise ValueError(
-            f"rows with rankings or soft labels and likelihood={model.likelihood!r}: it reads pairs; use 'mbt'"
+            f"rows with rankings or soft labels and likelihood={model.likelihood!r}: it reads pairs; use "
+            f"{'combine=' + repr('mixture') if model.is_product else repr('mbt')}"
         )

@@ -1,13 +1,24 @@
-"""Token-by-token decoding of a mixture of experts, exact at any sampling setting.
+"""Token-by-token decoding: of a mixture of experts, exact at any sampling setting, and of a product of experts.
 
 Legend: B prompts, M <= B unfinished sequences, K experts, V vocabulary, t the token's position.
 
     p(y_t | y_<t) = sum_k rho_k(t) pi_k(y_t | y_<t),    rho_k(t) proportional to w_k pi_k(y_<t | x)
 
-Every decoder is this recursion with another start rho(0): the weights w (`mixture`), one expert drawn from w
-(`sample`), or the heaviest expert (`top`). A one-hot rho stays one-hot, so `sample` and `mixture` draw from one
+`mixture`, `sample` and `top` are this recursion with another start rho(0): the weights w (`mixture`), one expert drawn
+from w (`sample`), or the heaviest expert (`top`). A one-hot rho stays one-hot, so `sample` and `mixture` draw from one
 distribution over responses. Temperature, top-k, top-p and the repetition penalty act on each expert's own logits before
 mixing, and rho moves with the processed probabilities.
+
+`product` is another policy (a logit blend), the one that `combine: log_linear` trains for:
+
+    p(y_t | y_<t) proportional to prod_k pi_k(y_t | y_<t)^w_k,   the weights constant
+
+Each token's geometric mean is normalised, which is the usual approximation of the product over whole responses,
+pi(y) proportional to prod_k pi_k(y)^w_k, that nobody can sample token by token. With Z_t(y_<t) = sum_v prod_k
+pi_k(v | y_<t)^w_k <= 1, how far the experts agree on the next token, it is the product divided by prod_t Z_t: equal
+where agreement is the same along all responses (one expert alone: Z_t = 1), and otherwise too fond of responses that
+lead to where experts disagree. Here temperature, top-k, top-p and the repetition penalty act on the product, which is
+one policy.
 """
 
 from __future__ import annotations
@@ -29,6 +40,8 @@ from transformers import (
 from prefmix.experts.interface import AbstractExperts
 from prefmix.policy.nucleus import NucleusWarper
 
+PRODUCT = "product"
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -37,7 +50,7 @@ class SamplingOptions:
     Attributes:
         max_new_tokens: longest response, in tokens.
         temperature: divides every expert's logits; 0 is greedy: the argmax of the mixed distribution, where top-k and
-            top-p have no effect.
+            top-p have no effect. Under `product` all of these act on the product in the place of every expert.
         top_k: keep the k most probable tokens of every expert; 0 keeps all.
         top_p: keep the smallest set of tokens of every expert with at least this probability; 1 keeps all.
         repetition_penalty: divides the scores of tokens that were read before; 1 is none.
@@ -90,7 +103,8 @@ class DecodeStep(NamedTuple):
         tokens: [M] the token y_t chosen.
         distribution: [M, V] log p(. | y_<t), mixed and processed, that the token was chosen from, nats.
         log_probs: [M] log p(y_t | y_<t) of the token chosen.
-        log_rho: [M, K] log rho(t+1), after the token; -inf for experts that cannot have written it. float64.
+        log_rho: [M, K] log rho(t+1), after the token; -inf for experts that cannot have written it. float64. Under
+            `product` the weights, which never move.
     """
 
     rows: Int[Tensor, "M"]
@@ -106,7 +120,7 @@ def draw_expert(log_weights: Float[Tensor, "B K"], generator: torch.Generator) -
 
 
 def all_experts(log_weights: Float[Tensor, "B K"], generator: torch.Generator) -> Float[Tensor, "B K"]:
-    """`mixture`: log rho(0) = log w; the expert is marginalised out token by token."""
+    """`mixture`: log rho(0) = log w, the expert marginalised out token by token; `product`: the weights."""
     return log_weights
 
 
@@ -119,7 +133,18 @@ DECODERS: dict[str, Callable[[Float[Tensor, "B K"], torch.Generator], Float[Tens
     "sample": draw_expert,
     "mixture": all_experts,
     "top": heaviest_expert,
+    PRODUCT: all_experts,
 }
+
+
+def blend(log_weights: Float[Tensor, "M K"], logits: Float[Tensor, "M K V"]) -> Float[Tensor, "M 1 V"]:
+    """The product's logits sum_k w_k logits_k: their softmax is prod_k pi_k^w_k, normalised.
+
+    They stand as a single expert's, which the recursion then follows: what all experts say alike moves no rho. An
+    expert without weight says nothing, even where its logit is -inf.
+    """
+    weights = log_weights.to(logits.dtype).exp().unsqueeze(2)
+    return torch.where(weights > 0, weights * logits, 0.0).sum(dim=1, keepdim=True)
 
 
 def mix(log_rho: Float[Tensor, "M K"], log_probs: Float[Tensor, "M K V"]) -> Float[Tensor, "M V"]:
@@ -130,9 +155,12 @@ def mix(log_rho: Float[Tensor, "M K"], log_probs: Float[Tensor, "M K V"]) -> Flo
 
 
 def update_log_rho(
-    log_rho: Float[Tensor, "M K"], log_probs: Float[Tensor, "M K V"], tokens: Int[Tensor, "M"]
+    log_rho: Float[Tensor, "M K"], log_probs: Float[Tensor, "M J V"], tokens: Int[Tensor, "M"]
 ) -> Float[Tensor, "M K"]:
-    """Bayes: rho_k(t+1) proportional to rho_k(t) pi_k(y_t | y_<t), in log space and float64, rows normalised."""
+    """Bayes: rho_k(t+1) proportional to rho_k(t) pi_k(y_t | y_<t), in log space and float64, rows normalised.
+
+    J = K, or 1 where all experts are said to speak as one (`product`): then rho stays.
+    """
     chosen = log_probs.gather(2, tokens[:, None, None].expand(-1, log_probs.shape[1], 1))[:, :, 0]
     return torch.log_softmax(log_rho + chosen, dim=-1)
 
@@ -158,6 +186,7 @@ def decode(
     *,
     eos_token_ids: Collection[int],
     generator: torch.Generator,
+    product: bool = False,
 ) -> Iterator[DecodeStep]:
     """Writes responses token by token; sequences leave the batch at their end-of-sequence token, which is yielded too.
 
@@ -171,6 +200,7 @@ def decode(
         options: sampling options.
         eos_token_ids: tokens that end a response.
         generator: source of randomness, on the device of `input_ids`.
+        product: tokens of the product of experts, `log_rho` its log w; false: of their mixture.
     """
     num_experts = log_rho.shape[1]
     used = torch.nonzero((log_rho > -torch.inf).any(dim=0))[:, 0]
@@ -184,7 +214,8 @@ def decode(
     # Padding is often the end-of-sequence token, which the repetition penalty must not take for one that was read.
     tokens_read = torch.where(attention_mask == 1, input_ids, input_ids[:, -1:])
     for position in range(options.max_new_tokens):
-        log_probs = expert_log_probs(decoder.logits(), tokens_read, processors)
+        logits = blend(log_rho, decoder.logits()) if product else decoder.logits()
+        log_probs = expert_log_probs(logits, tokens_read, processors)
         mixed = mix(log_rho, log_probs)
         tokens = _choose(mixed, options, generator)
         log_rho = update_log_rho(log_rho, log_probs, tokens)

@@ -22,17 +22,17 @@ from prefmix.mixture.bradley_terry import mixture_log_lik
 from prefmix.mixture.group_objectives import UnknownUserWeights
 from prefmix.policy.config import PolicyConfig
 from prefmix.policy.folder import policy_home
-from prefmix.policy.generation import DECODERS, SamplingOptions, rho_dtype
+from prefmix.policy.generation import DECODERS, PRODUCT, SamplingOptions, rho_dtype
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.policy.preferences import PreferenceScores, Ranked, candidate_scores, preference_scores, score_dicts
 from prefmix.policy.prompts import Prompt, is_single_prompt, prompt_list, prompt_token_ids, users_and_metadata
 from prefmix.policy.questions import Question, rank_questions
 from prefmix.policy.responses import left_pad, stream_response, write_responses
 from prefmix.policy.serialization import PolicyParts, read_policy, write_policy
-from prefmix.policy.text_scores import text_log_probs
+from prefmix.policy.text_scores import product_log_probs, text_log_probs
 from prefmix.policy.unknown_users import Objective, unknown_user_weights
 from prefmix.policy.user_state import UserState
-from prefmix.policy.user_weights import UserWeights
+from prefmix.policy.user_weights import UserWeights, given_weights
 
 Metadata = Mapping[str, Any]
 
@@ -42,7 +42,8 @@ class MixturePolicy:
 
         pi(y | x, u) = sum_k w_k(x, u) pi_k(y | x)
 
-    a mixture over whole responses. `gate_weights` is the prior w; `weights`, and everything else here that names a
+    a mixture over whole responses; trained with `combine="log_linear"`, their product, normalised at each token (see
+    `generation`). `gate_weights` is the prior w; `weights`, and everything else here that names a
     user, uses the posterior of a known user, and the gate for all others.
 
     Attributes:
@@ -72,6 +73,11 @@ class MixturePolicy:
         self.metadata_encoder = metadata_encoder
         self.record = dict(record or {})
         self.path: Path | None = None
+
+    @property
+    def decoder(self) -> str:
+        """The decoder that draws from the policy as it was trained."""
+        return PRODUCT if self.config.feedback_model.is_product else "sample"
 
     @property
     def eos_token_ids(self) -> set[int]:
@@ -211,6 +217,8 @@ class MixturePolicy:
     ) -> Float[Tensor, "N"] | Float[Tensor, "N K"]:
         """Log pi(y | x, u) = log sum_k w_k(x, u) pi_k(y | x), nats, summed over the response's tokens.
 
+        Of a log-linear policy it is `text_scores.product_log_probs`, which takes as long as writing the responses.
+
         Tokenized as in training: plain text ends with the end-of-sequence token, conversations as their template says.
 
         Args:
@@ -230,15 +238,18 @@ class MixturePolicy:
             return log_probs
         token_ids = [texts.prompts[i] for i in texts.prompt_index]
         rows = users_and_metadata(user, metadata, len(responses))
-        return mixture_log_lik(self._user_weights().posterior(token_ids, *rows), log_probs)
+        log_weights = self._user_weights().posterior(token_ids, *rows)
+        if self.config.feedback_model.is_product:
+            return product_log_probs(self.model.experts, texts, log_weights)
+        return mixture_log_lik(log_weights, log_probs)
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Implicit rewards and preference probabilities of comparisons, one JSON-ready dictionary for each row.
 
         `row` (position in `rows`); `user`; `weights` [K] of that row; under every expert `rewards/chosen`,
         `rewards/rejected`, `rewards/margins` (nats) and `probabilities`, p_k(chosen > rejected), label noise
-        included; `probability`, the mixture's sum_k w_k p_k. Rows that training would leave out (ties, prompts that
-        fill max_length) have `row` and `dropped` alone.
+        included; `probability`, the mixture's sum_k w_k p_k (log-linear: that of the margin sum_k w_k m_k). Rows that
+        training would leave out (ties, prompts that fill max_length) have `row` and `dropped` alone.
 
         Raises:
             DataError: rows that cannot be used.
@@ -278,7 +289,7 @@ class MixturePolicy:
         *,
         user: str | Sequence[str | None] | None = None,
         metadata: Metadata | Sequence[Metadata | None] | None = None,
-        decoder: str = "sample",
+        decoder: str | None = None,
         max_new_tokens: int = 256,
         temperature: float = 1.0,
         top_p: float = 1.0,
@@ -294,13 +305,14 @@ class MixturePolicy:
         """Writes responses.
 
         `sample` draws one expert from the weights for the whole response; `mixture` mixes the experts token by token
-        with Bayes-updated weights. Both draw from exactly sum_k w_k pi_k, at any setting. `top` is the heaviest expert.
+        with Bayes-updated weights. Both draw from exactly sum_k w_k pi_k, at any setting. `top` is the heaviest expert,
+        `product` each token's normalised geometric mean. All four serve any experts; the default is the policy itself.
 
         Args:
             prompt: text, a list of messages, or a list of either.
             user: whose weights; one name, or one for each prompt.
             metadata: what the gate reads of user and context, likewise.
-            decoder: `sample`, `mixture` or `top`.
+            decoder: `sample`, `mixture`, `top` or `product`; None is `product` for log-linear policies, else `sample`.
             max_new_tokens: longest response, tokens; less where the model's context ends.
             temperature: of every expert; 0 is greedy.
             top_p: nucleus of every expert.
@@ -320,6 +332,7 @@ class MixturePolicy:
         single, prompts = is_single_prompt(prompt), prompt_list(prompt)
         if stream and (not single or num_return_sequences != 1 or return_details):
             raise ValueError("stream=True: give one prompt, num_return_sequences=1 and return_details=False")
+        decoder = self.decoder if decoder is None else decoder
         if decoder not in DECODERS:
             raise ValueError(f"decoder={decoder!r}: choose one of {', '.join(DECODERS)}")
         token_ids = [prompt_token_ids(entry, self.tokenizer) for entry in prompts]
@@ -327,7 +340,10 @@ class MixturePolicy:
         temperature = temperature if do_sample else 0.0
         options = SamplingOptions(min(max_new_tokens, room), temperature, top_k, top_p, repetition_penalty)
         rows = users_and_metadata(user, metadata, len(prompts))
-        log_weights = self._generation_weights(weights, token_ids, *rows)
+        if weights is None:
+            log_weights = self._user_weights().posterior(token_ids, *rows)
+        else:
+            log_weights = given_weights(weights, self.config.num_experts, len(prompts))
         token_ids = [ids for ids in token_ids for _ in range(num_return_sequences)]
         call = self._generation_call(token_ids, log_weights.repeat_interleave(num_return_sequences, 0), decoder, seed)
         # A message's content stands alone: the space that a template may put before it is the template's.
@@ -362,23 +378,6 @@ class MixturePolicy:
         log_probs = text_log_probs(self.model.experts, table.texts)
         return preference_scores(log_probs, table, self.config, self.users.rates(judges, self.config.label_noise))
 
-    def _generation_weights(
-        self,
-        weights: Sequence[float] | Tensor | None,
-        prompts: list[list[int]],
-        users: list[str | None],
-        metadata: list[Metadata | None],
-    ) -> Float[Tensor, "B K"]:
-        if weights is None:
-            return self._user_weights().posterior(prompts, users, metadata)
-        given = torch.as_tensor(weights, dtype=torch.float64).cpu()
-        valid = given.shape == (self.config.num_experts,) and bool((given >= 0).all()) and 0 < given.sum() < torch.inf
-        if not valid:
-            raise ValueError(
-                f"weights={given.tolist()}: give {self.config.num_experts} numbers, none negative, not all zero"
-            )
-        return (given / given.sum()).log().expand(len(prompts), -1)
-
     def _generation_call(
         self, prompts: list[list[int]], log_weights: Float[Tensor, "B K"], decoder: str, seed: int | None
     ) -> dict[str, Any]:
@@ -396,4 +395,5 @@ class MixturePolicy:
             "log_rho": DECODERS[decoder](log_weights.to(device, rho_dtype(device)), generator),
             "eos_token_ids": self.eos_token_ids,
             "generator": generator,
+            "product": decoder == PRODUCT,
         }

@@ -24,6 +24,12 @@ CITATION = r"""@article{bohne2025mixmoedpo,
   url     = {https://arxiv.org/abs/2510.08256},
 }"""
 
+_MIXTURE = """One expert writes one response; which one is drawn
+from the weights of the user and the prompt."""
+_PRODUCT = """A user's reward is the sum of the
+experts', by the weights of the user and the prompt (log-linear). So all experts write every token together: their
+geometric mean by these weights, normalised at each token."""
+
 TEMPLATE = """---
 library_name: prefmix
 pipeline_tag: text-generation
@@ -34,17 +40,16 @@ pipeline_tag: text-generation
 - prefmix
 ---
 
-# A mixture of {num_experts} expert polic{plural}
+# A {kind} of {num_experts} expert polic{plural}
 
 {num_experts} polic{plural} over one frozen base model, trained from preferences with
-[arXiv 2510.08256](https://arxiv.org/abs/2510.08256) by prefmix. One expert writes one response; which one is drawn
-from the weights of the user and the prompt.
+[arXiv 2510.08256](https://arxiv.org/abs/2510.08256) by prefmix. {writing}
 
 ```python
 from prefmix import MixturePolicy
 
 policy = MixturePolicy.from_pretrained("this/folder")
-print(policy.generate("Where is the sun?", decoder="mixture"))
+print(policy.generate("Where is the sun?", decoder="{decoder}"))
 ```
 
 From a terminal: `prefmix chat this/folder`; `prefmix report this/folder --data held_out.jsonl` shows it in pictures.
@@ -80,10 +85,13 @@ def model_card(config: PolicyConfig, users: UserState | None, record: Mapping[st
         record: what training cost and reached (`training.json`).
     """
     record = record or {}
-    gate_terms = config.gate.get("terms", [])
+    gate_terms, product = config.gate.get("terms", []), config.feedback_model.is_product
     facts = _facts(config) | _training_facts(config, record)
     return TEMPLATE.format(
         metadata=_metadata(config, record),
+        kind="product" if product else "mixture",
+        writing=_PRODUCT if product else _MIXTURE,
+        decoder="product" if product else "mixture",
         num_experts=config.num_experts,
         plural="y" if config.num_experts == 1 else "ies",
         rows="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
@@ -122,6 +130,7 @@ def _facts(config: PolicyConfig) -> dict[str, str]:
         "beta": ", ".join(f"{beta:g}" for beta in config.beta),
         "label noise": f"{config.label_noise:g}",
         "latent": config.latent,
+        "combination": "log-linear (sum of margins)" if config.feedback_model.is_product else "mixture",
         "gate": " + ".join(config.gate.get("terms", [])),
         "base runs in": config.dtype or "its own type",
         "saved": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -142,6 +151,7 @@ def _training_facts(config: PolicyConfig, record: Mapping[str, Any]) -> dict[str
     if "data_sha256" in made:
         facts["data SHA-256"] = f"`{made['data_sha256']}`"
     facts["seed"] = str(made.get("seed", ""))
+    facts["made good for"] = _robust_fact(record.get("robust", {}))
     if "seconds" in record:
         since = f" since step {record['first_step']}" if record.get("first_step") else ""
         facts["training time"] = f"{record['seconds']:.0f} s, {record['cpu_seconds']:.0f} CPU seconds{since}"
@@ -151,7 +161,15 @@ def _training_facts(config: PolicyConfig, record: Mapping[str, Any]) -> dict[str
         facts["parameters"] = f"{record['trained_parameters']:,} trained, {record['base_parameters']:,} of the base"
     facts["trained by"] = str(record.get("machine", ""))
     return {name: value for name, value in facts.items() if value}
-    facts["made good for"] = _robust_fact(record.get("robust", {}))
+
+
+def _robust_fact(robust: Mapping[str, Any]) -> str:
+    """Over which groups an adversary stood, and which it weighed most at the end; empty without one."""
+    if not robust:
+        return ""
+    named = ", ".join(f"{name} {weight:.2f}" for name, weight in robust["weights"].items())
+    weights = f"final weights {named}" if named else f"largest final weight {robust['largest_weight']:.2f}"
+    return f"the worst {robust['over']} of {robust['groups']} (group DRO); {weights}"
 
 
 def _figures(held_out: Mapping[str, float]) -> str:
@@ -163,15 +181,6 @@ def _figures(held_out: Mapping[str, float]) -> str:
         if {prefix + "accuracy", prefix + "loss"} <= held_out.keys()
     ]
     if not rows:
-def _robust_fact(robust: Mapping[str, Any]) -> str:
-    """Over which groups an adversary stood, and which it weighed most at the end; empty without one."""
-    if not robust:
-        return ""
-    named = ", ".join(f"{name} {weight:.2f}" for name, weight in robust["weights"].items())
-    weights = f"final weights {named}" if named else f"largest final weight {robust['largest_weight']:.2f}"
-    return f"the worst {robust['over']} of {robust['groups']} (group DRO); {weights}"
-
-
         return ""
     head = [
         "Held-out preferences, at the end of training:",

@@ -58,7 +58,8 @@ class Ranked(NamedTuple):
 
     Attributes:
         candidate: the candidate as it was given.
-        score: mean over the other candidates j of sum_k w_k p_k(candidate > j), a probability; 0.5 without others.
+        score: mean over the other candidates j of sum_k w_k p_k(candidate > j) (or of the policy's one reward: see
+            `candidate_scores`), a probability; 0.5 without others.
         position: where it stood in the list that was given.
     """
 

@@ -26,7 +26,7 @@ class Response(NamedTuple):
         token_ids: T tokens, the end-of-sequence token included.
         log_prob: sum_t log p(y_t | y_<t) of the processed, mixed distribution, nats.
         log_rho: [T + 1, K] log rho(0), the decoder's start, to log rho(T), the posterior over experts given the
-            response.
+            response; the weights throughout under `product`.
         expert: the expert that wrote it, where one did (`sample`, `top`, or all others at weight zero), else None.
         finished: whether it ended by itself, not by `max_new_tokens`.
     """
@@ -72,6 +72,7 @@ def write_responses(
     text_before: Sequence[Sequence[int]],
     eos_token_ids: Collection[int],
     generator: torch.Generator,
+    product: bool = False,
 ) -> list[Response]:
     """Decodes B prompts together.
 
@@ -81,7 +82,10 @@ def write_responses(
     token_ids: list[list[int]] = [[] for _ in log_rho]
     trajectories = [[start] for start in log_rho.cpu().double()]
     log_probs = [0.0] * len(log_rho)
-    for step in decode(experts, *prompt, log_rho, options, eos_token_ids=eos_token_ids, generator=generator):
+    steps = decode(
+        experts, *prompt, log_rho, options, eos_token_ids=eos_token_ids, generator=generator, product=product
+    )
+    for step in steps:
         columns = zip(step.rows.tolist(), step.tokens.tolist(), step.log_probs.tolist(), step.log_rho.cpu().double())
         for row, token, log_prob, after in columns:
             token_ids[row].append(token)
@@ -110,10 +114,14 @@ def stream_response(
     text_before: Sequence[Sequence[int]],
     eos_token_ids: Collection[int],
     generator: torch.Generator,
+    product: bool = False,
 ) -> Iterator[str]:
     """Decodes one prompt (B = 1) and yields pieces of text whose concatenation is the response."""
     stream = TextStream(tokenizer, text_before[0])
-    for step in decode(experts, *prompt, log_rho, options, eos_token_ids=eos_token_ids, generator=generator):
+    steps = decode(
+        experts, *prompt, log_rho, options, eos_token_ids=eos_token_ids, generator=generator, product=product
+    )
+    for step in steps:
         piece = stream.push(int(step.tokens[0]))
         if piece:
             yield piece

@@ -21,7 +21,8 @@ def export_servers(policy: MixturePolicy, folder: str | Path, *, users: bool = F
     """Writes `expert_k/` (PEFT adapters), `mixture.json` and a README that says how to serve them.
 
     Whoever draws expert k with its weight and then asks the server for one response of adapter k samples the mixture
-    exactly. A base that nobody else could find is copied to `base/`.
+    exactly; for a log-linear policy the guide says what its product is instead. A base that nobody else could find is
+    copied to `base/`.
 
     Args:
         policy: experts that are low-rank updates of one base.
@@ -61,6 +62,7 @@ def _description(policy: MixturePolicy, base: str, adapter: dict[str, Any], user
             for k in range(config.num_experts)
         ],
         "latent": config.latent,
+        "combine": "log_linear" if config.feedback_model.is_product else "mixture",
         "gate": list(policy.model.gate.terms),
     }
     if users:

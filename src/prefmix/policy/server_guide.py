@@ -8,27 +8,14 @@ from typing import Any
 # The ranks that vLLM's --max-lora-rank accepts.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
-TEMPLATE = """# A mixture of {count} experts for a multi-LoRA server
+TEMPLATE = """# A {kind} of {count} experts for a multi-LoRA server
 
 `mixture.json` names the adapters and their weights; `expert_0/` ... are PEFT LoRA adapters over `{base}`.
 
 - target modules: {modules}
 - rank: {rank}
 
-## How to sample the mixture
-
-For each response draw ONE adapter with its weight, then ask the server for the whole response of that adapter. That is
-the mixture exactly, at any temperature. Changing the adapter within a response, or averaging adapters, is not.
-
-```python
-import json, random
-
-mixture = json.load(open("mixture.json"))
-names = [expert["name"] for expert in mixture["experts"]]
-weights = [expert["weight"] for expert in mixture["experts"]]
-model = random.choices(names, weights)[0]  # the `model` field of an OpenAI-style request
-```
-
+{sampling}
 {weights_note}
 
 ## Which servers
@@ -54,6 +41,48 @@ A server that loads no adapter on these modules can serve every expert as a mode
 `prefmix export POLICY --expert 0 --format merged --output expert_0_model`.
 """
 
+_MIXTURE = """## How to sample the mixture
+
+For each response draw ONE adapter with its weight, then ask the server for the whole response of that adapter. That is
+the mixture exactly, at any temperature. Changing the adapter within a response, or averaging adapters, is not.
+
+```python
+import json, random
+
+mixture = json.load(open("mixture.json"))
+names = [expert["name"] for expert in mixture["experts"]]
+weights = [expert["weight"] for expert in mixture["experts"]]
+model = random.choices(names, weights)[0]  # the `model` field of an OpenAI-style request
+```
+"""
+_PRODUCT = """## How to sample the product
+
+These experts were trained to be combined log-linearly: a user's reward is the weighted sum of theirs, and every token
+comes from their weighted geometric mean, which is prefmix's `policy.generate(prompt, user=..., decoder="product")`.
+Drawing one adapter for a whole response is another policy, the *mixture* of the same experts.
+
+{blending}"""
+_BLEND_HEADS = """The adapters change `lm_head` alone, where logits are linear in them. So one adapter a user, the
+weighted sum, IS the product, and any server that loads `lm_head` adapters serves it:
+
+```python
+import json
+from peft import PeftModel
+
+mixture = json.load(open("mixture.json"))
+names = [expert["name"] for expert in mixture["experts"]]
+weights = [expert["weight"] for expert in mixture["experts"]]  # or mixture["users"][name]
+model = PeftModel.from_pretrained(base, names[0], adapter_name=names[0])
+for name in names[1:]:
+    model.load_adapter(name, adapter_name=name)
+model.add_weighted_adapter(names, weights, "blend", combination_type="cat")
+model.save_pretrained("blends", selected_adapters=["blend"])
+```
+"""
+_BLEND_BLOCKS = """The adapters change the blocks, so no adapter is the product: a weighted sum of adapters (a weight
+soup) is a third policy. Stock servers serve single experts and, drawn so, the mixture.
+"""
+
 _LM_HEAD = """These adapters change `lm_head`, which many multi-LoRA servers do not load. What the sources say (read,
 not run):
 
@@ -77,7 +106,10 @@ def server_guide(description: Mapping[str, Any]) -> str:
     experts, modules = description["experts"], description["target_modules"]
     words = sorted({module.split(".")[-1] for module in modules})
     rank = description["rank"]
+    product, heads = description["combine"] == "log_linear", words == ["lm_head"]
     return TEMPLATE.format(
+        kind="product" if product else "mixture",
+        sampling=_PRODUCT.format(blending=_BLEND_HEADS if heads else _BLEND_BLOCKS) if product else _MIXTURE,
         count=len(experts),
         base=description["base_model"],
         modules=", ".join(f"`{word}`" for word in words),

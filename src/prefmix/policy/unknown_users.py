@@ -50,8 +50,14 @@ def unknown_user_weights(
         by: whether the rows' users or their `group`s are the groups.
 
     Raises:
-        ValueError: an unknown objective, rows without the column, or nothing to decide by.
+        ValueError: an unknown objective, rows without the column, nothing to decide by, or a log-linear policy, whose
+            worth is not the mean of its experts'.
     """
+    if policy.config.feedback_model.is_product:
+        raise ValueError(
+            f"objective={objective!r} of a policy with combine='log_linear': these weights are those of mixtures; "
+            "leave them out, somebody unknown then gets the mean blend"
+        )
     if objective not in get_args(Objective):
         raise ValueError(f"objective={objective!r}: choose one of {', '.join(get_args(Objective))}")
     if rows is not None:

@@ -23,6 +23,19 @@ from prefmix.policy.prompt_states import pooled_prompt_states
 from prefmix.policy.user_state import UserState
 
 
+def given_weights(weights: Sequence[float] | Tensor, num_experts: int, num_rows: int) -> Float[Tensor, "B K"]:
+    """[B, K] log of weights that somebody named, normalised, the same for each row.
+
+    Raises:
+        ValueError: another number of them, a negative one, or all zero.
+    """
+    given = torch.as_tensor(weights, dtype=torch.float64).cpu()
+    valid = given.shape == (num_experts,) and bool((given >= 0).all()) and 0 < given.sum() < torch.inf
+    if not valid:
+        raise ValueError(f"weights={given.tolist()}: give {num_experts} numbers, none negative, not all zero")
+    return (given / given.sum()).log().expand(num_rows, -1)
+
+
 class UserWeights(NamedTuple):
     """The gate and what is known of users, together.
 

@@ -10,6 +10,7 @@ import torch
 
 from prefmix.data.comparisons import ComparisonTable
 from prefmix.experts.trunk_cache import TrunkStates
+from prefmix.mixture.bradley_terry import margins_of_log_lik
 from prefmix.mixture.collapse import find_collapse
 from prefmix.mixture.features import pool_features
 from prefmix.mixture.identifiability import Identifiability, identifiability
@@ -80,8 +81,7 @@ def warn_of_collapse(trainer: MixtureTrainer) -> None:
         return
     usage = trainer.em.mean_resp().mean.cpu()
     # Under `pair` no likelihoods are kept, so copies are looked for among users' rows only.
-    table = trainer.em.evidence.table.cpu()
-    margins = table - torch.log(-torch.expm1(table.clamp(max=-1e-7)))  # logit of p_k, which is the margin without noise
+    margins = margins_of_log_lik(trainer.em.evidence.table.cpu())
     for warning in find_collapse(usage, margins[trainer.em.evidence.visited.cpu()]):
         logger.warning("prefmix: %s", warning.message)
 

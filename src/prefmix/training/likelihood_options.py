@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
-from prefmix.mixture.likelihoods.model import PER_TOKEN, PROPER, FeedbackModel, Likelihood, LossType, Ties
+from prefmix.mixture.likelihoods.model import PER_TOKEN, PROPER, FeedbackModel, LossType, Ties
 from prefmix.training.noise_options import NoiseOptions, first_noise, noise_problems
 from prefmix.training.robust_options import GroupRobustOptions, robust_problems
 
@@ -51,7 +51,7 @@ class LikelihoodOptions(NoiseOptions, GroupRobustOptions):
             "1: a third, or nearly half."
         },
     )
-    likelihood: Likelihood = field(
+    likelihood: Literal["mbt", "bt_lse", "policy"] = field(
         default="mbt",
         metadata={
             "help": "Of the mixture: mbt mixes the experts' likelihoods and is what EM is for; bt_lse is Bradley-Terry "
@@ -80,6 +80,8 @@ def feedback_model(values: Mapping[str, Any]) -> FeedbackModel:
     """The observation model that a configuration asks for; where label noise is learnt, with the rate it starts at."""
     names = FeedbackModel.__dataclass_fields__
     chosen = {name: values[name] for name in names} | {"label_noise": first_noise(values)}
+    if values["combine"] == "log_linear":
+        chosen["likelihood"] = "log_linear"
     return FeedbackModel(**cast(Any, chosen))
 
 

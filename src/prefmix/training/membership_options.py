@@ -38,25 +38,20 @@ class MembershipOptions:
     combine: Literal["mixture", "log_linear"] = field(
         default="mixture",
         metadata={
-            "help": "What a blend is: one expert judges each comparison, drawn by the user's weights (mixture); sums "
-            "of margins (log_linear) are for linear rewards only (prefmix.mixture.membership_em): nothing could write "
-            "their product of experts exactly."
+            "help": "What a blend is: one expert judges each comparison, drawn by the user's weights (mixture), or one "
+            "reward does, the weighted sum of the experts' (log_linear: a product of experts, as in PAL, LoRe, VPL). "
+            "A mixture can be sampled exactly; a product is written by decoder 'product', renormalised at each token."
         },
     )
 
 
 def membership_problems(values: Mapping[str, Any]) -> list[str]:
     """Why the options of continuous groups do not go together, or with others, or nothing."""
-    defaults, problems = MembershipOptions(), []
-    if values["combine"] == "log_linear":
-        problems.append(
-            "combine='log_linear': a policy over summed margins is a product of experts, which cannot be sampled "
-            "exactly; use combine='mixture' (linear rewards: prefmix.mixture.membership_em.fit_membership)"
-        )
+    defaults = MembershipOptions()
     if values["latent"] != "membership":
-        named = [name for name in vars(defaults) if values[name] != getattr(defaults, name) and name != "combine"]
-        return problems + [f"{name} with latent={values['latent']!r}: use latent='membership'" for name in named]
-    return problems + _own_problems(values, defaults) + _foreign_problems(values)
+        named = [name for name in vars(defaults) if values[name] != getattr(defaults, name)]
+        return [f"{name} with latent={values['latent']!r}: use latent='membership'" for name in named]
+    return _own_problems(values, defaults) + _foreign_problems(values) + _log_linear_problems(values)
 
 
 def _own_problems(values: Mapping[str, Any], defaults: MembershipOptions) -> list[str]:
@@ -96,6 +91,29 @@ def _foreign_problems(values: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"gate={list(values['gate'])} with latent='membership': z is the user's own part; drop 'user' from the gate"
         )
+    return problems
+
+
+def _log_linear_problems(values: Mapping[str, Any]) -> list[str]:
+    """What needs a likelihood of each expert's own: a summed margin is judged once, by Bradley-Terry."""
+    if values["combine"] != "log_linear":
+        return []
+    fitting = (
+        ("loss_type", "sigmoid", "the summed margin is one of Bradley-Terry; use 'sigmoid'"),
+        ("label_smoothing", 0.0, "leave it at 0 (label_noise works)"),
+        ("label_noise_update", "fixed", "rates are learnt from judgements of experts; give label_noise"),
+        ("ties", "drop", "ties are modelled for each expert alone; use 'drop'"),
+        ("likelihood", "mbt", "that is another way to one reward; leave it out"),
+        ("m_step", "all", "every expert is part of the sum; use 'all'"),
+    )
+    problems = [
+        f"{name}={values[name]!r} with combine='log_linear': {why}"
+        for name, good, why in fitting
+        if values[name] != good
+    ]
+    beta = values["beta"]
+    if isinstance(beta, list | tuple) and len(set(beta)) > 1:
+        problems.append(f"beta={list(beta)} with combine='log_linear': the product is one policy; give one number")
     return problems
 
 

@@ -65,8 +65,8 @@ def teach_encoder_first(trainer: MixtureTrainer, network: MembershipNetwork) -> 
         return
     rows = _rows_of_users(trainer, group)
     train_encoder(
-        network.encoder, rows, rows.score, network.loading, "mixture", steps=FIRST_LESSONS, users_per_step=100,
-        samples=4, learning_rate=5e-3, generator=torch.Generator().manual_seed(trainer.args.seed),
+        network.encoder, network.judged(rows), rows.score, network.loading, network.combine, steps=FIRST_LESSONS,
+        users_per_step=100, samples=4, learning_rate=5e-3, generator=torch.Generator().manual_seed(trainer.args.seed),
     )  # fmt: skip
 
 
@@ -82,7 +82,10 @@ def batch_users(trainer: MixtureTrainer, network: MembershipNetwork, inputs: dic
     if network.encoder is None:
         noise = standard_draws(trainer.args.membership_samples, network.dim).to(network.loading)
         start = GaussianQ(state.mean[touched], state.log_std[touched])
-        q = fit_users(rows, network.loading, "mixture", noise, start=start, steps=STEP_FITS, tolerance=STEP_TOLERANCE).q
+        q = fit_users(
+            network.judged(rows), network.loading, network.combine, noise,
+            start=start, steps=STEP_FITS, tolerance=STEP_TOLERANCE,
+        ).q  # fmt: skip
         kl = kl_to_prior(q)
     else:
         q = encode(network.encoder, rows, rows.score)

@@ -206,13 +206,14 @@ def build_model(
     return MixtureModel(experts, gate)
 
 
-def _membership(args: MixtureConfig) -> dict[str, int]:
+def _membership(args: MixtureConfig) -> dict[str, Any]:
     """What `Gate` is told of continuous groups."""
     if args.latent != "membership":
         return {}
     hidden = ENCODER_HIDDEN if args.membership_estep == "encoder" else 0
     dim = membership_dim(args.num_experts, args.membership_dim)
-    return {"membership_dim": dim, "membership_encoder": hidden, "seed": args.seed}
+    blend = {"membership_combine": args.combine, "membership_noise": args.label_noise}
+    return {"membership_dim": dim, "membership_encoder": hidden, "seed": args.seed, **blend}
 
 
 def expert_description(args: MixtureConfig) -> dict[str, Any]:

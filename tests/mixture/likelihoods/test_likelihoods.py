@@ -15,7 +15,7 @@ from prefmix.mixture.likelihoods.beta_dpo import adapt_beta
 from prefmix.mixture.likelihoods.dr_dpo import distributionally_robust_sum
 from prefmix.mixture.likelihoods.hinge import hinge_log_lik
 from prefmix.mixture.likelihoods.ipo import ipo_log_lik
-from prefmix.mixture.likelihoods.mixture_reward import bt_lse_logit, policy_logit
+from prefmix.mixture.likelihoods.mixture_reward import bt_lse_logit, log_linear_logit, policy_logit
 from prefmix.mixture.likelihoods.plackett_luce import Rankings, plackett_luce
 from prefmix.mixture.likelihoods.rewards import mean_token_rewards, reference_free_rewards
 from prefmix.mixture.likelihoods.robust import robust_log_lik
@@ -181,17 +181,31 @@ def test_beta_follows_the_gap_of_a_batch():
     assert (adapt_beta(margins - 1e4, equal, beta, threshold).beta > 0).all()
 
 
-def test_three_likelihoods_of_a_mixture_differ_as_stated():
+def test_four_likelihoods_of_experts_together_differ_as_stated():
     log_weights = torch.tensor([[0.5, 0.5]], dtype=F64).log()
     chosen, rejected = torch.tensor([[3.0, 0.0]], dtype=F64), torch.tensor([[0.0, 1.0]], dtype=F64)
     mbt = mixture_log_lik(log_weights, logsigmoid(chosen - rejected)).exp().item()
     bt_lse = torch.sigmoid(bt_lse_logit(log_weights, chosen, rejected)).item()
     assert mbt == pytest.approx(0.611, abs=5e-4)
     assert bt_lse == pytest.approx(0.850, abs=5e-4)
+    log_linear = torch.sigmoid(log_linear_logit(log_weights, chosen - rejected)).item()
+    assert log_linear == pytest.approx(0.731, abs=5e-4)
     # bt_lse is a mixture of Bradley-Terry likelihoods whose weights follow the rewards
     v = torch.log_softmax(log_weights + torch.logaddexp(chosen, rejected), dim=-1)
     mixed = mixture_log_lik(v, logsigmoid(chosen - rejected))
     assert mixed.exp().item() == pytest.approx(bt_lse)
+
+
+def test_the_summed_margin_is_dpos_margin_of_the_product_of_experts_over_whole_responses():
+    generator, beta = torch.Generator().manual_seed(0), 0.3
+    log_probs = torch.randn(3, 9, generator=generator, dtype=F64).log_softmax(-1)  # K experts, nine responses
+    reference = torch.randn(9, generator=generator, dtype=F64).log_softmax(-1)
+    log_weights = torch.randn(3, generator=generator, dtype=F64).log_softmax(-1)
+    product = (reference + (log_weights.exp()[:, None] * (log_probs - reference)).sum(0)).log_softmax(-1)
+    reward = beta * (product - reference)
+    margins = beta * ((log_probs - reference)[:, 0] - (log_probs - reference)[:, 1])
+    logit = log_linear_logit(log_weights[None], margins[None])
+    torch.testing.assert_close(logit[0], reward[0] - reward[1])
 
 
 def test_policy_likelihood_is_dpo_on_the_mixed_probabilities_and_all_three_agree_for_one_expert():

@@ -17,7 +17,7 @@ from prefmix.mixture.bradley_terry import implicit_rewards, preference_log_lik
 from prefmix.mixture.likelihoods.hinge import hinge_log_lik
 from prefmix.mixture.likelihoods.ipo import ipo_log_lik
 from prefmix.mixture.likelihoods.mixed_logit import mixed_logit_log_lik
-from prefmix.mixture.likelihoods.mixture_reward import bt_lse_logit, policy_logit
+from prefmix.mixture.likelihoods.mixture_reward import bt_lse_logit, log_linear_logit, policy_logit
 from prefmix.mixture.likelihoods.model import PER_TOKEN, FeedbackModel
 from prefmix.mixture.likelihoods.own import OWN_LOSSES
 from prefmix.mixture.likelihoods.plackett_luce import Rankings, plackett_luce
@@ -195,7 +195,7 @@ def sides_of(log_probs: Float[Tensor, "N K"], ref_log_probs: Float[Tensor, "N K"
 def marginal_logit(
     log_weights: Float[Tensor, "B K"], sides: Sides, beta: Float[Tensor, "K"], model: FeedbackModel
 ) -> Float[Tensor, "B"]:
-    """The mixture's own margin under `likelihood="bt_lse"` or "policy", nats.
+    """The mixture's own margin under a `likelihood` other than "mbt", nats.
 
     Args:
         log_weights: [B, K] normalised log w.
@@ -208,7 +208,10 @@ def marginal_logit(
             log_weights, (sides.chosen, sides.ref_chosen), (sides.rejected, sides.ref_rejected), beta[0]
         )
     chosen = implicit_rewards(sides.chosen, sides.ref_chosen, beta)
-    return bt_lse_logit(log_weights, chosen, implicit_rewards(sides.rejected, sides.ref_rejected, beta))
+    rejected = implicit_rewards(sides.rejected, sides.ref_rejected, beta)
+    if model.is_product:
+        return log_linear_logit(log_weights, chosen - rejected)
+    return bt_lse_logit(log_weights, chosen, rejected)
 
 
 def marginal_log_lik(
@@ -217,6 +220,6 @@ def marginal_log_lik(
     beta: Float[Tensor, "K"],
     model: FeedbackModel,
 ) -> Float[Tensor, "B"]:
-    """Log p(y_w > y_l) of the mixture under `likelihood="bt_lse"` or "policy", label noise included; nats."""
+    """Log p(y_w > y_l) of the mixture under a `likelihood` other than "mbt", label noise included; nats."""
     logit = marginal_logit(log_weights, sides, beta, model)
     return preference_log_lik(logit.unsqueeze(1), model.label_noise).squeeze(1)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 LossType = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "simpo", "mixed_logit"]
 Ties = Literal["drop", "davidson", "rao_kupper"]
-Likelihood = Literal["mbt", "bt_lse", "policy"]
+Likelihood = Literal["mbt", "bt_lse", "policy", "log_linear"]
 
 # exp of these is a probability: they sum to 1 over the outcomes.
 PROPER: tuple[str, ...] = ("sigmoid", "sigmoid_norm", "mixed_logit")
@@ -28,7 +28,8 @@ class FeedbackModel:
         beta_spread: standard deviation of log beta under `mixed_logit`.
         ties: what models ties; `drop` leaves them out.
         tie_strength: nu of Davidson, eta of Rao-Kupper.
-        likelihood: of the mixture: of Bradley-Terry likelihoods (`mbt`), of rewards (`bt_lse`), or of policies.
+        likelihood: of the mixture: of Bradley-Terry likelihoods (`mbt`), of rewards (`bt_lse`), or of policies; or of
+            the summed margin of a product of experts (`log_linear`), which is what `combine: log_linear` trains.
     """
 
     loss_type: str = "sigmoid"
@@ -44,6 +45,11 @@ class FeedbackModel:
     def keeps_ties(self) -> bool:
         """Whether ties are data."""
         return self.ties != "drop"
+
+    @property
+    def is_product(self) -> bool:
+        """Whether the policy is a product of experts, not a mixture: margins are summed."""
+        return self.likelihood == "log_linear"
 
     @property
     def is_plain(self) -> bool:

@@ -30,6 +30,7 @@ class BatchBound(NamedTuple):
         evidence: [B, K] evidence of each row's group.
         log_weights: [B, K] prior log w of each row, as the log and the guard see it.
         group_weight: [B] n_g.
+        judged: [B] log p of each row under `log_weights`, where that is not log sum_k w_ik p_ik; None: it is.
     """
 
     bound: Float[Tensor, "B"]
@@ -38,11 +39,14 @@ class BatchBound(NamedTuple):
     evidence: Float[Tensor, "B K"]
     log_weights: Float[Tensor, "B K"]
     group_weight: Float[Tensor, "B"]
+    judged: Float[Tensor, "B"] | None = None
 
 
 def objective_sums(batch: BatchBound, output: MixtureOutput, lik: Likelihoods, inputs: dict[str, Tensor]) -> Sums:
     """What the log says of a batch."""
     seen, texts = output._replace(log_weights=batch.log_weights), (inputs["chosen"], inputs["rejected"])
+    if batch.judged is not None:  # then experts agree on what the log calls the evidence
+        lik = lik._replace(log_lik=batch.judged.unsqueeze(1).expand_as(lik.log_lik))
     return batch_sums(seen, lik, batch.q, batch.rows, batch.evidence, inputs["weight"], batch.group_weight, *texts)
 
 
