@@ -50,6 +50,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "latent": "membership", "init": "random", "init_hold_epochs": 0.5, "save_steps": 4, "membership_samples": 4,
         "label_noise_update": "per_annotator",
     },
+    "encoder": {
+        "latent": "membership", "init": "random", "init_hold_epochs": 0.5, "save_steps": 4, "membership_samples": 4,
+        "membership_estep": "encoder", "free_bits": 0.05,
+    },
     "amortized": {
         "latent": "user", "init": "random", "init_hold_epochs": 0.5, "save_steps": 4, "estep": "amortized",
         "adaptive_beta": 0.6,

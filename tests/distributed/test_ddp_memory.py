@@ -10,8 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-NAMES = ("membership", "amortized")
-KEPT = {"membership": ("em.q_mean", "em.noise_rate", "em.noise_flipped"), "amortized": ("em.threshold",)}
+NAMES = ("membership", "encoder", "amortized")
+KEPT = {
+    "membership": ("em.q_mean", "em.noise_rate", "em.noise_flipped"),
+    "encoder": ("em.q_mean", "model.gate.membership.encoder.factor.2.weight"),
+    "amortized": ("em.threshold",),
+}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -205,7 +205,6 @@ def test_a_killed_run_resumes_bit_for_bit(
         ({"membership_dim": 0}, "membership_dim"),
         ({"free_bits": 0.1}, "free_bits"),
         ({"estep": "hard"}, "estep"),
-        ({"num_processes": 2, "membership_estep": "encoder"}, "num_processes"),
         ({"gate_update": "fixed"}, "gate_update"),
         ({"latent": "user", "membership_dim": 1}, "membership_dim"),
     ],

@@ -112,8 +112,13 @@ class MembershipNetwork(nn.Module):
         return GaussianQ(before.mean + before.log_std.exp() * q.mean, before.log_std + q.log_std)
 
     def log_prior(self) -> Float[Tensor, ""]:
-        """Log density of A under independent N(0, v) up to a constant, nats."""
-        return -0.5 / LOADING_VARIANCE * self.loading.square().sum()
+        """Log density of A under independent N(0, v) up to a constant, nats; the encoder's weights have a flat prior.
+
+        That prior's gradient is 0, but there: DDP waits for one of every parameter, also while first responsibilities
+        are held and nobody asks the encoder.
+        """
+        flat = [0.0 * parameter.sum() for parameter in self.encoder.parameters()] if self.encoder is not None else []
+        return -0.5 / LOADING_VARIANCE * self.loading.square().sum() + sum(flat)
 
 
 def rows_as(rows: MembershipRows, dtype: torch.dtype, device: torch.device | str) -> MembershipRows:

@@ -81,10 +81,6 @@ def _foreign_problems(values: Mapping[str, Any]) -> list[str]:
     ):
         if values[name] != fitting:
             problems.append(f"{name}={values[name]!r} with latent='membership': {remedy}")
-    if (values["num_processes"] or 1) > 1 and values["membership_estep"] == "encoder":
-        problems.append(
-            "num_processes with membership_estep='encoder': processes share fitted users alone; use 'per_user', or one"
-        )
     if values["gate_update"] == "fixed":
         problems.append("gate_update='fixed' with latent='membership': its gate learns by gradient; leave it out")
     if "user" in values["gate"]:
