@@ -1,13 +1,16 @@
 """The E-step of continuous groups in training: q(z) of a batch's users, where it starts, and where it ends.
 
 `per_user`: q of a user in the batch is refitted to the last likelihoods of *all* their comparisons (incremental, as for
-discrete groups). `encoder`: it is read off the same ones, with gradient.
+discrete groups). `encoder`: it is read off the same ones, with gradient. Every process keeps the likelihoods of all
+rows, so q is the same wherever a user's rows were read, and the gradient of an encoder, as that of A, is a sum over the
+processes' rows, which DDP takes.
 
 Legend: B rows of a batch, C rows of its M users, G users, K experts, d latent dimensions.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -25,7 +28,7 @@ from prefmix.mixture.membership import (
 )
 from prefmix.mixture.membership_fit import fit_users
 from prefmix.mixture.membership_network import MembershipNetwork, rows_as
-from prefmix.mixture.user_encoder import encode, train_encoder
+from prefmix.mixture.user_encoder import UserEncoder, encode, train_encoder
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.policy.user_state import UserState
 from prefmix.training.processes import gathered, share_tensors
@@ -57,15 +60,24 @@ class BatchUsers(NamedTuple):
 def teach_encoder_first(trainer: MixtureTrainer, network: MembershipNetwork) -> None:
     """Trains the encoder on the rows seen, at the experts as they are, when first responsibilities cease to be held.
 
-    Untrained it would call all users alike, and experts that have just parted would be taught alike again.
+    Untrained it would call all users alike, and experts that have just parted would be taught alike again. The first
+    process teaches a copy, whose gradients DDP does not wait for, and the others take what it has learnt.
     """
-    q, group = trainer.em.q, torch.arange(len(trainer.em.initial), device=trainer.args.device)
+    q = trainer.em.q
     assert q is not None, "latent='membership' keeps q"
     if network.encoder is None or bool(q.mean.any()):
         return
-    rows = _rows_of_users(trainer, group)
+    lesson = copy.deepcopy(network.encoder)
+    if trainer.accelerator.is_main_process:
+        _first_lessons(trainer, network, lesson)
+    share_tensors(trainer.accelerator, [parameter.data for parameter in lesson.parameters()])
+    network.encoder.load_state_dict(lesson.state_dict())
+
+
+def _first_lessons(trainer: MixtureTrainer, network: MembershipNetwork, encoder: UserEncoder) -> None:
+    rows = _rows_of_users(trainer, torch.arange(len(trainer.em.initial), device=trainer.args.device))
     train_encoder(
-        network.encoder, network.judged(rows), rows.score, network.loading, network.combine, steps=FIRST_LESSONS,
+        encoder, network.judged(rows), rows.score, network.loading, network.combine, steps=FIRST_LESSONS,
         users_per_step=100, samples=4, learning_rate=5e-3, generator=torch.Generator().manual_seed(trainer.args.seed),
     )  # fmt: skip
 
@@ -152,15 +164,15 @@ def first_q(trainer: MixtureTrainer) -> GaussianQ | None:
     """The prior for every group, where q starts; None under the discrete latents.
 
     Raises:
-        ValueError: several processes, and not `per_user` over DDP.
+        ValueError: several processes, and not over plain DDP.
     """
     network = trainer.mixture.gate.membership
     if network is None:
         return None
-    if trainer.args.world_size > 1 and (network.encoder is not None or trainer.args.deepspeed_plugin is not None):
+    if trainer.args.world_size > 1 and trainer.args.deepspeed_plugin is not None:
         raise ValueError(
-            f"latent='membership' with {trainer.args.world_size} processes: they share fitted users over plain DDP "
-            "alone; use membership_estep='per_user' without DeepSpeed, or start one process"
+            f"latent='membership' with {trainer.args.world_size} processes of DeepSpeed: they share q(z) over plain "
+            "DDP alone; leave DeepSpeed out, or start one process"
         )
     zeros = torch.zeros(len(trainer.em.initial), network.dim, device=trainer.args.device)
     return GaussianQ(zeros, zeros.clone())
