@@ -29,6 +29,13 @@ def test_a_run_records_cost_rows_and_the_held_out_figures_of_its_last_step(
     assert f"`owner/people`: {len(table):,} rows, {len(table.users):,} users, {len(table.texts):,} texts" in card
 
 
+def test_the_card_names_rows_that_have_a_name(make_trainer: Make, tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    (tmp_path / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = make_trainer(output_dir=tmp_path / "a", data=str(tmp_path / "people.jsonl"))
+    assert named.policy.record["data"] == str(tmp_path / "people.jsonl")
+    assert "data" not in make_trainer(output_dir=tmp_path / "b").policy.record
+
+
 def test_the_same_command_twice_gives_the_same_policy_by_hash(make_trainer: Make, tmp_path: Path) -> None:
     manifests = []
     for _ in range(2):  # into one folder: the base's path is part of the policy

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from prefmix.data.collator import ComparisonDataset
+from prefmix.data.source_name import source_name
 from prefmix.data.users import latent_groups, num_latent_groups
 from prefmix.experts.base_model import BaseModel
 from prefmix.mixture.estep import EStep
@@ -69,6 +70,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
     Attributes:
         latent: `pair` or `user`, what carries one expert.
         init: which first responsibilities were (or would be) used.
+        data_source: what the model card calls the training rows, by default `data.source_name`.
         em: running evidence and responsibilities.
     """
 
@@ -117,7 +119,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         load_models_whole(args)
         self.base = setup.as_base_model(model, args, processing_class)
         tokenizer = setup.tokenizer_of(self.base)
-        table = setup.as_table(train_dataset, tokenizer, args)
+        table, self.data_source = setup.as_table(train_dataset, tokenizer, args), source_name(train_dataset)
         self.latent = setup.resolve_latent(args, table)
         self.init = resolve_init(args, table)
         self.metadata_encoder = setup.metadata_encoder(args, table, self.latent)
