@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 import tomllib
 from importlib import resources
 from importlib.metadata import distributions
@@ -21,6 +22,8 @@ from prefmix.cli.recipe import load_recipe
 from prefmix.cli.train import REQUIRED
 
 ROOT = Path(__file__).parents[1]
+# What comes with transformers and datasets, and what has an installation of its own (its tests are skipped without).
+OPTIONAL = {"deepspeed", "tokenizers", "pyarrow"}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -32,6 +35,28 @@ def _blocks(page: Path, language: str) -> list[str]:
 def test_no_cuda_package_came_along() -> None:
     names = {(found.metadata["Name"] or "").lower() for found in distributions()}
     assert not {name for name in names if name.startswith(("nvidia-", "triton"))}
+
+
+def test_what_tests_and_benchmarks_import_is_in_an_extra() -> None:
+    """A developer finds by the extras what to install; scikit-learn and PyYAML are imported by other names."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    stated = [
+        *project["dependencies"],
+        *(name for extra in project["optional-dependencies"].values() for name in extra),
+    ]
+    known = {re.split(r"[^\w-]", name)[0].lower().replace("-", "_") for name in stated}
+    known |= {"sklearn", "yaml", "harper", "prefmix"} | set(sys.stdlib_module_names)
+    files = [file for folder in ("tests", "benchmarks", "recipes", "docs") for file in (ROOT / folder).rglob("*.py")]
+    local = {file.stem for file in files} | {folder.name for file in files for folder in file.parents}
+    found = {name for file in files for name in _imported(file)} - known - local
+    assert found <= OPTIONAL, found - OPTIONAL
+
+
+def _imported(file: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    return {name.split(".")[0] for name in names}
 
 
 def test_versions_agree() -> None:

@@ -116,7 +116,7 @@ def browser() -> Iterator[Any]:
     if found is None:
         pytest.skip("no chromium on this machine: the page is not looked at in a browser")
     if find_spec("playwright") is None:
-        pytest.skip("playwright is not installed (pip install playwright): the page is not looked at in a browser")
+        pytest.skip("no playwright (pip install -e '.[browser]'): the page is not looked at in a browser")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
