@@ -158,6 +158,24 @@ def test_adapt_keeps_a_user_only_on_request(place: Path, capsys: pytest.CaptureF
     assert f"kept in {place / 'out'}" in capsys.readouterr().err
 
 
+def test_adapt_keeps_weights_for_everybody_unknown(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words, file = ["adapt", str(place / "out")], place / "out" / "policy" / "mixture_config.json"
+    assert main([*words, "--unknown", "max_min"]) == 0
+    assert not json.loads(file.read_text())["unknown_users"]
+    rows = ["--data", str(place / "test.jsonl")]
+    capsys.readouterr()
+    assert main([*words, "--unknown", "worst_group", *rows, "--save", "--format", "json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    kept = json.loads(file.read_text())["unknown_users"]
+    assert kept["objective"] == "worst_group" and printed["weights"] == pytest.approx(kept["weights"])
+    assert main([*words, "--unknown", "gate", "--save"]) == 0
+    assert not json.loads(file.read_text())["unknown_users"]
+    assert main([*words, "--unknown", "average"]) == 2
+    assert "give comparisons" in capsys.readouterr().err
+    assert main([*words, "--user", "bob"]) == 2
+    assert "--user bob without --data" in capsys.readouterr().err
+
+
 def test_adapt_refuses_rows_of_others(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["adapt", str(place / "out"), "--user", "carl", "--data", str(place / "test.jsonl")]) == 2
     assert "names somebody else (u0, " in capsys.readouterr().err

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from prefmix.mixture.gates import Gate
 from prefmix.mixture.group_objectives import average_weights, max_min_weights, worst_group_weights
+from prefmix.policy.mixture_policy import MixturePolicy
+from prefmix.policy.modular import remove_expert
 from prefmix.policy.unknown_users import user_utility
+from prefmix.policy.user_weights import UserWeights
 
 ROWS = [
     {"prompt": "What is it?", "chosen": " blue", "rejected": " green", "user": "anna", "group": "b"},
@@ -69,3 +75,51 @@ def test_what_cannot_be_decided_is_said(make_policy):
     policy.users.count.zero_()
     with pytest.raises(ValueError, match="no user's comparisons"):
         policy.unknown_user_weights("max_min")
+
+
+def test_a_default_serves_whoever_is_unknown_and_nobody_else(make_policy, tmp_path):
+    policy = opposed(make_policy)
+    before = {name: policy.weights(user=name) for name in ("anna", "bob")}
+    gate, expected = policy.weights(), policy.unknown_user_weights("min_max_regret").weights
+    assert not torch.allclose(expected, gate, atol=0.02)
+    policy.set_unknown_users("max_min")
+    policy.set_unknown_users("min_max_regret")
+    policy.save_pretrained(tmp_path / "policy")
+    again = MixturePolicy.from_pretrained(tmp_path / "policy", base=policy.model.experts.base_model)
+    assert again.config.unknown_users["objective"] == "min_max_regret"
+    assert "(`min_max_regret`)" in (tmp_path / "policy" / "README.md").read_text()
+    for kept in (policy, again):
+        torch.testing.assert_close(kept.weights(), expected)
+        torch.testing.assert_close(kept.weights(user="carl"), expected)  # known by name alone
+        with pytest.warns(UserWarning, match="nobody"):
+            torch.testing.assert_close(kept.weights(user="nobody"), expected)
+        for name, weights in before.items():
+            torch.testing.assert_close(kept.weights(user=name), weights)
+        torch.testing.assert_close(kept.gate_weights(), gate)  # the prior, with which `adapt` begins, stays
+    scored = again.score(ROWS)
+    assert scored[3]["weights"] == pytest.approx(expected.tolist()) and scored[0]["weights"] != scored[3]["weights"]
+    given, default = (again.generate("x", seed=3, max_new_tokens=4, weights=w) for w in (expected, None))
+    assert given == default
+    again.forget("anna")
+    torch.testing.assert_close(again.weights(user="anna"), expected)
+    again.set_unknown_users(None)
+    torch.testing.assert_close(again.weights(), gate)
+
+
+def test_a_default_must_fit_the_experts_and_goes_when_they_change(make_policy):
+    policy = opposed(make_policy)
+    policy.set_unknown_users("worst_group", ROWS, by="group")
+    assert len(policy.config.default_weights) == 2
+    assert remove_expert(policy, 1).config.default_weights is None
+    with pytest.raises(ValueError, match="unknown_users.weights"):
+        replace(policy.config, unknown_users={"objective": "mine", "weights": [1.0]})
+
+
+@pytest.mark.parametrize("told", [None, {"user_age": 30}])
+def test_metadata_that_the_gate_reads_says_something(make_policy, monkeypatch, told):
+    policy = opposed(make_policy)
+    gate, mean = policy.weights(), torch.tensor([0.25, 0.75])
+    policy.config = replace(policy.config, unknown_users={"objective": "average", "weights": mean.tolist()})
+    monkeypatch.setattr(UserWeights, "_gate", lambda self, prompts, index, metadata: gate.log().expand(len(index), -1))
+    monkeypatch.setattr(Gate, "reads", {"metadata"})
+    torch.testing.assert_close(policy.weights(metadata=told), mean.double() if told is None else gate)

@@ -1,4 +1,4 @@
-"""`prefmix adapt POLICY --user bob --data rows.jsonl [--save]`: weights of a user without training."""
+"""`prefmix adapt POLICY --user bob --data rows.jsonl [--save]`: weights of a user, or of nobody, without training."""
 
 from __future__ import annotations
 
@@ -14,14 +14,27 @@ from prefmix.cli.output import add_format, note, print_json, stdout_is_for_resul
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add_policy(parser)
-    parser.add_argument("--user", required=True, help="whose comparisons these are; a new name is a new user")
-    add_data(parser)
-    parser.add_argument("--save", action="store_true", help="keep the user in the policy folder")
+    who = parser.add_mutually_exclusive_group(required=True)
+    who.add_argument("--user", help="whose comparisons these are; a new name is a new user")
+    who.add_argument(
+        "--unknown",
+        choices=("average", "worst_group", "max_min", "min_max_regret", "gate"),
+        help="instead of a user: weights of everybody about whom nothing is known, good for the average or the worst "
+        "group of --data, for the type of user who fares worst, or with the least regret; gate: back to the gate",
+    )
+    add_data(parser, required=False)
+    parser.add_argument("--by", choices=("user", "group"), default="user", help="--unknown: column of the groups")
+    parser.add_argument("--save", action="store_true", help="keep the user, or the default, in the policy folder")
     add_format(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints the posterior over experts given the user's comparisons."""
+    if args.unknown:
+        _set_unknown(args)
+        return
+    if args.data is None:
+        raise ValueError(f"--user {args.user} without --data: give the user's comparisons")
     rows = rows_of(args.user, read_checked_rows(args.data, args.split))
     with stdout_is_for_results():
         policy = load_policy(args)
@@ -33,6 +46,23 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.user}, {len(rows)} comparisons")
     print(weight_lines(policy, args.user))
     note(f"kept in {args.policy}" if args.save else "not kept; --save keeps the user in the policy folder")
+
+
+def _set_unknown(args: argparse.Namespace) -> None:
+    """Prints the weights of somebody unknown, and keeps them where asked."""
+    rows = None if args.data is None else read_checked_rows(args.data, args.split)
+    with stdout_is_for_results():
+        policy = load_policy(args)
+        policy.set_unknown_users(None if args.unknown == "gate" else args.unknown, rows, args.by)
+        if args.save:
+            assert policy.path is not None, "it was loaded from a folder"
+            policy.save_pretrained(policy.path)
+    if args.format == "json":
+        print_json({"unknown": args.unknown, "weights": policy.weights().tolist(), "saved": args.save})
+        return
+    print(f"somebody unknown, {args.unknown}")
+    print(weight_lines(policy, None))
+    note(f"kept in {args.policy}" if args.save else "not kept; --save keeps them in the policy folder")
 
 
 def rows_of(user: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -20,9 +20,9 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, mps; default: the best there is")
 
 
-def add_data(parser: argparse.ArgumentParser) -> None:
+def add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds the rows that a verb reads."""
-    parser.add_argument("--data", required=True, help="rows (every format that `prefmix validate` reads)")
+    parser.add_argument("--data", required=required, help="rows (every format that `prefmix validate` reads)")
     parser.add_argument("--split", help="which split, where the data has several")
 
 

@@ -33,6 +33,8 @@ class PolicyConfig:
         experts: `AbstractExperts.describe()`: kind, number, head and rank, from which untrained experts are rebuilt.
             `MixturePolicy` fills it in.
         gate: `Gate.describe()`: terms and sizes, from which an untrained gate is rebuilt; filled in likewise.
+        unknown_users: weights of somebody about whom nothing is known, `{"objective": name, "weights": K numbers}`
+            (`MixturePolicy.set_unknown_users`); empty: the gate's.
         provenance: data hash, seed, versions, hardware: JSON values for the reader, never read by the code.
         format_version: of the folder's layout.
     """
@@ -52,6 +54,7 @@ class PolicyConfig:
     gate: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     feedback: Mapping[str, Any] = field(default_factory=dict)
+    unknown_users: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -64,12 +67,22 @@ class PolicyConfig:
             raise ValueError(f"beta={list(self.beta)}: give one positive number for each expert")
         if not 0 <= self.label_noise < 0.5:
             raise ValueError(f"label_noise={self.label_noise}: must be at least 0 and below 0.5")
+        weights = self.default_weights
+        if weights is not None and (len(weights) != self.num_experts or min(weights) < 0 or not sum(weights) > 0):
+            raise ValueError(
+                f"unknown_users.weights={weights}: give {self.num_experts} numbers, none negative, not all zero"
+            )
         FeedbackModel.from_dict(self.feedback, self.label_noise)
 
     @property
     def feedback_model(self) -> FeedbackModel:
         """How rows become log-likelihoods."""
         return FeedbackModel.from_dict(self.feedback, self.label_noise)
+
+    @property
+    def default_weights(self) -> list[float] | None:
+        """K weights of somebody about whom nothing is known; None: the gate's."""
+        return list(self.unknown_users["weights"]) if self.unknown_users else None
 
     @property
     def num_experts(self) -> int:

@@ -30,7 +30,7 @@ from prefmix.policy.questions import Question, rank_questions
 from prefmix.policy.responses import left_pad, stream_response, write_responses
 from prefmix.policy.serialization import PolicyParts, read_policy, write_policy
 from prefmix.policy.text_scores import product_log_probs, text_log_probs
-from prefmix.policy.unknown_users import Objective, unknown_user_weights
+from prefmix.policy.unknown_users import Objective, default_weights, unknown_user_weights
 from prefmix.policy.user_state import UserState
 from prefmix.policy.user_weights import UserWeights, given_weights
 
@@ -43,8 +43,8 @@ class MixturePolicy:
         pi(y | x, u) = sum_k w_k(x, u) pi_k(y | x)
 
     a mixture over whole responses; trained with `combine="log_linear"`, their product, normalised at each token (see
-    `generation`). `gate_weights` is the prior w; `weights`, and everything else here that names a
-    user, uses the posterior of a known user, and the gate for all others.
+    `generation`). `gate_weights` is the prior w; `weights`, and everything else here that names a user, uses the
+    posterior of a known user, and for all others the gate, or what `set_unknown_users` said.
 
     Attributes:
         model: experts and gate.
@@ -82,11 +82,10 @@ class MixturePolicy:
     @property
     def eos_token_ids(self) -> set[int]:
         """Tokens that end a response: the tokenizer's, and those of the base model's generation config."""
-        found = {self.tokenizer.eos_token_id}
         generation_config = self.model.experts.base_model.generation_config
         base_eos = None if generation_config is None else generation_config.eos_token_id
-        found |= set(base_eos) if isinstance(base_eos, list) else {base_eos}
-        return {int(token) for token in found if token is not None}
+        found = base_eos if isinstance(base_eos, list) else [base_eos]
+        return {int(token) for token in (self.tokenizer.eos_token_id, *found) if token is not None}
 
     # --- disk ---------------------------------------------------------------------------------------------------------
     def save_pretrained(
@@ -102,7 +101,7 @@ class MixturePolicy:
             experts_folder: a folder with finished `expert_k`, which are moved into the policy instead of written (the
                 processes of an expert-parallel run write their own).
         """
-        self.config = self._described()
+        self.config = replace(self.config, experts=self.model.experts.describe(), gate=self.model.gate.describe())
         parts = PolicyParts(self.model, self.tokenizer, self.config, self.users, self.metadata_encoder, self.record)
         written = None if experts_folder is None else Path(experts_folder)
         write_policy(path, parts, user_state=user_state, experts_folder=written)
@@ -191,6 +190,10 @@ class MixturePolicy:
     ) -> UnknownUserWeights:
         """Weights for somebody about whom nothing is known, for `generate(weights=...)`; see `unknown_users`."""
         return unknown_user_weights(self, objective, rows, by)  # type: ignore[arg-type]
+
+    def set_unknown_users(self, objective: Objective | None, rows: Any = None, by: Any = "user") -> None:
+        """Makes `unknown_user_weights` everybody's of whom nothing is known; saving keeps them. None: the gate's."""
+        self.config = replace(self.config, unknown_users=default_weights(self, objective, rows, by))
 
     def user_log_weights(self, users: Sequence[str]) -> Float[Tensor, "U K"]:
         """[U, K] log-weights of known users at the average prompt and metadata; float64."""
@@ -356,11 +359,9 @@ class MixturePolicy:
         return results[0] if single and num_return_sequences == 1 else results
 
     # --- parts --------------------------------------------------------------------------------------------------------
-    def _described(self) -> PolicyConfig:
-        return replace(self.config, experts=self.model.experts.describe(), gate=self.model.gate.describe())
-
     def _user_weights(self) -> UserWeights:
-        return UserWeights(self.model, self.config.latent, self.users, self.metadata_encoder)
+        latent, default = self.config.latent, self.config.default_weights
+        return UserWeights(self.model, latent, self.users, self.metadata_encoder, default)
 
     def _truncation(self) -> dict[str, Any]:
         return {"max_length": self.config.max_length, "truncation_mode": self.config.truncation_mode}

@@ -132,6 +132,7 @@ def _facts(config: PolicyConfig) -> dict[str, str]:
         "latent": config.latent,
         "combination": "log-linear (sum of margins)" if config.feedback_model.is_product else "mixture",
         "gate": " + ".join(config.gate.get("terms", [])),
+        "somebody unknown": _unknown_fact(config),
         "base runs in": config.dtype or "its own type",
         "saved": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "versions": ", ".join(f"{name} {_version(name)}" for name in ("prefmix", "torch", "transformers")),
@@ -161,6 +162,14 @@ def _training_facts(config: PolicyConfig, record: Mapping[str, Any]) -> dict[str
         facts["parameters"] = f"{record['trained_parameters']:,} trained, {record['base_parameters']:,} of the base"
     facts["trained by"] = str(record.get("machine", ""))
     return {name: value for name, value in facts.items() if value}
+
+
+def _unknown_fact(config: PolicyConfig) -> str:
+    """The weights of somebody about whom nothing is known."""
+    if config.default_weights is None:
+        return "the gate's weights"
+    weights = ", ".join(f"{weight:.3f}" for weight in config.default_weights)
+    return f"weights {weights} (`{config.unknown_users['objective']}`)"
 
 
 def _robust_fact(robust: Mapping[str, Any]) -> str:

@@ -260,7 +260,9 @@ def _changed(
 ) -> MixturePolicy:
     provenance = dict(policy.config.provenance)
     provenance["changes"] = [*provenance.get("changes", ()), change]
-    config = replace(policy.config, beta=beta, experts=experts.describe(), gate=gate.describe(), provenance=provenance)
+    # Weights of somebody unknown were of the experts before.
+    parts: dict[str, Any] = {"experts": experts.describe(), "gate": gate.describe(), "unknown_users": {}}
+    config = replace(policy.config, beta=beta, provenance=provenance, **parts)
     return MixturePolicy(MixtureModel(experts, gate), policy.tokenizer, config, users, policy.metadata_encoder)
 
 

@@ -11,6 +11,7 @@ U_jk = sum_u w_uj L_uk / sum_u w_uj n_u. Legend: B comparisons, U users, J types
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -65,6 +66,24 @@ def unknown_user_weights(
     if objective in BY_ROWS:
         raise ValueError(f"objective={objective!r} without rows: give comparisons of the groups that count")
     return GAMES[objective](user_utility(policy))
+
+
+def default_weights(
+    policy: MixturePolicy,
+    objective: Objective | None,
+    rows: Sequence[Mapping[str, Any]] | None = None,
+    by: Literal["group", "user"] = "user",
+) -> dict[str, Any]:
+    """What `PolicyConfig.unknown_users` keeps of `unknown_user_weights`; None: nothing, so that the gate decides."""
+    if objective is None:
+        return {}
+    # The types of a game are users as the policy knows them, not as an earlier default would have them.
+    before, policy.config = policy.config, replace(policy.config, unknown_users={})
+    try:
+        found = unknown_user_weights(policy, objective, rows, by)
+    finally:
+        policy.config = before
+    return {"objective": objective, "weights": [float(weight) for weight in found.weights]}
 
 
 def user_utility(policy: MixturePolicy) -> Float[Tensor, "K K"]:

@@ -44,12 +44,14 @@ class UserWeights(NamedTuple):
         latent: `pair`, `user` or `membership`.
         users: known users; `learn` changes it.
         metadata_encoder: or None.
+        default: K weights of somebody about whom nothing is known, in the place of the gate's; None: the gate's.
     """
 
     model: MixtureModel
     latent: str
     users: UserState
     metadata_encoder: MetadataEncoder | None
+    default: Sequence[float] | None = None
 
     @property
     def has_user_term(self) -> bool:
@@ -97,17 +99,30 @@ class UserWeights(NamedTuple):
         users: Sequence[str | None],
         metadata: Sequence[Mapping[str, Any] | None],
     ) -> Float[Tensor, "B K"]:
-        """[B, K] log w that the policy uses: gate and evidence of known users; warns of unknown names."""
+        """[B, K] log w that the policy uses: gate and evidence of known users; warns of unknown names.
+
+        Where there are default weights, rows have them whose user has no comparisons and of whom no metadata tells the
+        gate; a prompt says nothing of a user.
+        """
         index = [self.users.index(user) for user in users]
         with torch.no_grad():
             log_weights = self._gate(prompts, index, metadata)
         self._warn_of_unknown(users)
         network = self.model.gate.membership
         if network is not None:
-            return network.predictive(log_weights, self.users.q(index, network.dim))
-        if self.latent == "pair":
+            log_weights = network.predictive(log_weights, self.users.q(index, network.dim))
+        elif self.latent != "pair":
+            log_weights = posterior(log_weights, self.users.evidence(index)).log_resp
+        if self.default is None:
             return log_weights
-        return posterior(log_weights, self.users.evidence(index)).log_resp
+        unknown = torch.tensor([self._is_unknown(i, told) for i, told in zip(index, metadata, strict=True)])
+        return torch.where(unknown.unsqueeze(1), given_weights(self.default, len(log_weights[0]), 1), log_weights)
+
+    def _is_unknown(self, index: int, metadata: Mapping[str, Any] | None) -> bool:
+        """Whether neither comparisons nor metadata that the gate reads say anything of a user."""
+        personal = self.latent != "pair" or self.has_user_term
+        seen = personal and index >= 0 and float(self.users.count[index]) > 0
+        return not seen and not (metadata and "metadata" in self.model.gate.reads)
 
     @torch.no_grad()
     def learn(

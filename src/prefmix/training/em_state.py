@@ -84,6 +84,10 @@ class EMState:
         total = count.sum()
         return MeanResponsibility(((count @ self.resp.double()) / total).to(self.resp.dtype), float(total))
 
+    def weigh(self, inputs: dict[str, Tensor], bound: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+        """[B] a batch's bounds as group DRO weighs them; as they are without it."""
+        return bound if self.adversary is None else self.adversary.weigh(inputs, bound)
+
     def _weighed_count(self, factor: Float[Tensor, "R"]) -> Float[Tensor, "G"]:
         """[G] c_g where rows weigh `factor` more: the sum over the group's rows of a_i times it, over n_g."""
         weight = factor * self._row_weight

@@ -162,8 +162,10 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         if self.args.pooling:
             apart = pooling_penalty(output, inputs, beta=self._beta, model=self.args.feedback_model)
             prior = prior - self.args.pooling * apart.sum()
-        bound = batch.bound if self.em.adversary is None else self.em.adversary.weigh(inputs, batch.bound)
-        loss = -(bound.sum() + prior) * self.readers.number / num_items_in_batch
+        if self.args.sft_weight:
+            supervised = sft_rows(output, inputs, batch.q.resp, self.args.token_dropout)
+            prior = prior - self.args.sft_weight * supervised.sum()
+        loss = -(self.em.weigh(inputs, batch.bound).sum() + prior) * self.readers.number / num_items_in_batch
         self.meter.add(objective_sums(batch, output, lik, inputs))
         self.guard.observe_batch(inputs["row"], lik.log_lik, batch.log_weights, loss)
         # Where the gate alone learns, in closed form, nothing has a gradient; the loop wants one all the same.
