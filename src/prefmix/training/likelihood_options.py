@@ -114,9 +114,9 @@ def likelihood_problems(values: Mapping[str, Any]) -> list[str]:
         + _marginal_problems(values)
         + _adaptive_problems(values)
         + noise_problems(values)
+        + robust_problems(values)
     )
 
-        + robust_problems(values)
 
 def _adaptive_problems(values: Mapping[str, Any]) -> list[str]:
     if values["adaptive_beta"] is None:
