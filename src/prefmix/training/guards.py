@@ -5,13 +5,16 @@ Legend: B rows of a batch, K experts.
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from prefmix.experts.spread_experts import SpreadExperts
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.training.sharding import own_part
 
@@ -58,14 +61,14 @@ class FiniteGuard:
 
     @torch.no_grad()
     def check(self, step: int, model: MixtureModel) -> None:
-        """Raises if anything of the step is not finite; the only transfer from the device of a sound step.
+        """Raises if anything of the step is not finite on any process; a sound step's only transfer from the device.
 
         Args:
             step: the optimizer step just done, counted from 1.
             model: experts and gate after the step.
 
         Raises:
-            NonFiniteError: naming step, expert and rows.
+            NonFiniteError: naming step, expert and rows; the same on all processes, none of which waits for another.
         """
         weights = {name: _by_expert(model, name, p) for name, p in model.named_parameters() if p.requires_grad}
         gate = model.gate.population_log_weights()
@@ -74,17 +77,23 @@ class FiniteGuard:
         self._batches, self._gradients = [], {}
         flags = [gate_ok, *gradients.values(), *weights.values()]
         flags += [flag for batch in batches for flag in (batch.lik_ok, batch.gate_ok, batch.loss_ok)]
-        if not torch.stack([flag.all() for flag in flags]).all():
-            raise NonFiniteError(self._message(step, batches, gradients, weights, gate_ok))
+        sound = torch.stack([flag.all() for flag in flags]).all()
+        if not _on_all_processes(sound):
+            faults = [] if sound else self._faults(model, batches, gradients, weights, gate_ok)
+            raise NonFiniteError(
+                f"step {step}: NaN or infinity in {'; '.join(_of_all_processes(faults))}. The run stops and nothing of "
+                "this step is saved; lower learning_rate or max_grad_norm, look at these rows, or resume from the last "
+                "checkpoint"
+            )
 
-    def _message(
+    def _faults(
         self,
-        step: int,
+        model: MixtureModel,
         batches: list[_Batch],
         gradients: dict[str, Tensor],
         weights: dict[str, Tensor],
         gate_ok: Bool[Tensor, ""],
-    ) -> str:
+    ) -> list[str]:
         faults = []
         for batch in batches:
             faults += [
@@ -99,19 +108,46 @@ class FiniteGuard:
         for kind, flags in (("gradient", gradients), ("weights", weights)):
             for name, flag in flags.items():
                 for expert in (~flag).nonzero().flatten().tolist():
-                    owner = f"expert {expert}" if len(flag) > 1 else "all experts (trunk) or the gate"
-                    faults.append(f"{kind} of {owner} ({name}) after {everything}")
+                    owner = _owner(model, name, expert if len(flag) > 1 else None)
+                    faults.append(f"{kind} of {owner} after {everything}")
         if not gate_ok and not any(fault.startswith("gate") for fault in faults):
             faults.append(f"gate after {everything}")
-        return (
-            f"step {step}: NaN or infinity in {'; '.join(faults)}. The run stops and nothing of this step is saved; "
-            "lower learning_rate or max_grad_norm, look at these rows, or resume from the last checkpoint"
-        )
+        return faults
 
     def _rows(self, row: Int[Tensor, "M"]) -> str:
         source = sorted({int(self._source_row[max(i, ~i)]) for i in row.tolist()})  # ~i: a copy of row i
         more = f" and {len(source) - SHOWN} more" if len(source) > SHOWN else ""
         return f"rows {source[:SHOWN]}{more} of the input (counted from 0)"
+
+
+def _on_all_processes(sound: Bool[Tensor, ""]) -> bool:
+    """Whether the step is sound everywhere: one that stopped alone would leave the others waiting."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return bool(sound)
+    everywhere = sound.to(torch.int32)
+    dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
+    return bool(everywhere)
+
+
+def _of_all_processes(faults: list[str]) -> list[str]:
+    """Every process's faults, each once, in the order of the processes."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return faults
+    found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, faults)
+    return list(dict.fromkeys(fault for each in found for fault in each))
+
+
+def _owner(model: MixtureModel, name: str, stacked: int | None) -> str:
+    """Whose parameter this is; whole models by their number among all K, wherever they live."""
+    if stacked is not None:
+        return f"expert {stacked} ({name})"
+    whole = re.match(r"experts\.(?:own\.)?models\.(\d+)\.(.*)", name)
+    if whole is None:
+        return f"all experts (trunk) or the gate ({name})"
+    spread = isinstance(model.experts, SpreadExperts)
+    expert = model.experts.own_experts[int(whole[1])] if spread else int(whole[1])
+    return f"expert {expert} ({whole[2]})"
 
 
 def _by_expert(model: MixtureModel, name: str, tensor: Tensor) -> Bool[Tensor, "M"]:
