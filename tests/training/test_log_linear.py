@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from prefmix.cli.main import main
 from prefmix.evaluation.evaluator import evaluate
 from prefmix.mixture.membership import GaussianQ, kl_to_prior, sample_z, standard_draws
 from prefmix.policy.mixture_policy import MixturePolicy
@@ -128,6 +130,29 @@ def test_a_run_ends_with_a_policy_that_judges_and_writes_as_a_product(
     assert last["mixture/elbo"] <= last["mixture/evidence"] < 0
     card = (tmp_path / "run" / "policy" / "README.md").read_text()
     assert "# A product of 2" in card and 'decoder="product"' in card and "sum of margins" in card
+
+
+def test_such_a_policy_writes_as_a_product_unless_told_otherwise(
+    make_trainer: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = _ready(make_trainer(**LOG_LINEAR)).policy
+    asked: dict[str, Any] = {"user": "user1", "max_new_tokens": 6, "seed": 3, "temperature": 0.9, "top_p": 0.9}
+    product = policy.generate("Tell me.", decoder="product", **asked)
+    assert policy.generate("Tell me.", **asked) == product == "".join(policy.generate("Tell me.", stream=True, **asked))
+    others = {policy.generate("Tell me.", decoder=decoder, **asked) for decoder in ("sample", "mixture", "top")}
+    assert product not in others or len(others) > 1
+    written = policy.generate("Tell me.", return_details=True, **asked | {"temperature": 1.0, "top_p": 1.0})
+    assert written.expert is None
+    torch.testing.assert_close(written.log_rho.exp(), policy.weights(user="user1").expand_as(written.log_rho))
+    policy.save_pretrained(tmp_path / "saved")
+    words = ["--user", "user1", "--max_new_tokens", "6", "--seed", "3", "--temperature", "0.9", "--top_p", "0.9"]
+    capsys.readouterr()
+    for further in ([], ["--stream"], ["--decoder", "product"]):
+        assert main(["generate", str(tmp_path / "saved"), "--prompt", "Tell me.", *words, *further]) == 0
+        assert capsys.readouterr().out == product + "\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("Tell me.\n/decoder product\nTell me.\n"))
+    assert main(["chat", str(tmp_path / "saved"), *words]) == 0
+    assert capsys.readouterr().out == (product + "\n") * 2
 
 
 def test_a_new_user_is_adapted_as_training_adapts_its_own(make_trainer: Make, rows: Rows, tmp_path: Path) -> None:
