@@ -14,8 +14,8 @@ from torch import Tensor
 from prefmix.mixture.likelihoods.model import FeedbackModel
 from prefmix.mixture.linear_em import log_prior
 from prefmix.policy.mixture_model import MixtureOutput
-from prefmix.training.objective import pooling_penalty
 from prefmix.training.options import validate_options
+from prefmix.training.penalties import pooling_penalty
 from prefmix.training.trainer import MixtureTrainer
 
 Make = Callable[..., MixtureTrainer]

@@ -18,13 +18,14 @@ RENAMED = {
     "batch_size": "per_device_train_batch_size",
     "eval_batch_size": "per_device_eval_batch_size",
     "epochs": "num_train_epochs",
+    "rpo_alpha": "sft_weight",
     "lr": "learning_rate",
 }
 
 _REFERENCE = "the frozen base is the reference, and its log-probabilities come from the same pass"
 _LORA = "LoRA is part of an expert: branch_depth says in which blocks, expert_rank and lora_alpha how large"
 _TARGETS = "LoRA goes into every linear layer of the last branch_depth blocks (-1: all)"
-_LOSS = "the loss is the mixture's evidence bound over one loss_type (at num_experts 1: that loss)"
+_LOSS = "the loss is the mixture's evidence bound over one loss_type (at num_experts 1: it); sft_weight adds 'sft'"
 _LENGTH = "max_length bounds prompt and completion together; truncation_mode says which end stays"
 _QUANTIZED = "load_in_8bit and load_in_4bit are all there is to choose"
 _DATA = "train_data and eval_data are files, folders or hub names"
@@ -35,7 +36,7 @@ EXPLAINED = {
     **dict.fromkeys(
         (
             *("ref_model", "ref_model_init_kwargs", "ref_adapter_name", "model_adapter_name", "force_use_ref_model"),
-            *("precompute_ref_batch_size", "reference_free", "rpo_alpha"),
+            *("precompute_ref_batch_size", "reference_free"),
             *("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
         ),
         f"not needed: {_REFERENCE}",

@@ -103,7 +103,7 @@ def displacement(scored: ScoredRows) -> Finding:
     means = f"chosen {chosen.mean():+.2f}, rejected {rejected.mean():+.2f} nats of reward"
     what = f"{means}; both fell in {both:.0%} of the rows"
     if chosen.mean() < 0 and both > 0.5:
-        remedy = "probability goes to responses nobody compared: lower learning_rate or epochs, or raise beta"
+        remedy = "probability goes to texts nobody compared: set sft_weight, lower learning_rate or epochs, raise beta"
         return Finding("displacement", "warning", what, numbers, remedy)
     return Finding("displacement", "fine", what, numbers)
 

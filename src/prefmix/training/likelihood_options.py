@@ -59,6 +59,13 @@ class LikelihoodOptions(NoiseOptions, GroupRobustOptions):
             "gradient of the marginal once the first responsibilities are no longer held."
         },
     )
+    sft_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Adds this times -log pi_k of the preferred response per token, by responsibility (RPO's alpha): "
+            "keeps what people prefer likely where DPO would lower both responses. 1 is the paper's choice, 0: none."
+        },
+    )
     dr_dpo_beta: float | None = field(
         default=None,
         metadata={
@@ -108,6 +115,10 @@ def likelihood_problems(values: Mapping[str, Any]) -> list[str]:
         problems.append(f"token_dropout with loss_type={loss!r}: tokens left out would change its mean; use 0")
     if values["dr_dpo_beta"] is not None and values["latent"] == "membership":
         problems.append("dr_dpo_beta with latent='membership': its bound is one of users, not rows; leave it out")
+    if values["sft_weight"] and values["m_step"] != "all":
+        problems.append(
+            f"sft_weight with m_step={values['m_step']!r}: it needs every expert's gradient; use m_step='all'"
+        )
     return (
         problems
         + _tie_problems(values)
@@ -136,6 +147,7 @@ def _range_problems(values: Mapping[str, Any]) -> list[str]:
         ("simpo_gamma", 0 <= values["simpo_gamma"] < float("inf"), "zero or more nats"),
         ("beta_spread", 0 <= values["beta_spread"] < float("inf"), "zero or more, a standard deviation of log beta"),
         ("tie_strength", 0 < values["tie_strength"] < float("inf"), "positive; ties='drop' allows no ties"),
+        ("sft_weight", 0 <= values["sft_weight"] < float("inf"), "zero or more; 0 leaves it out"),
         ("dr_dpo_beta", robust is None or 0 < robust < float("inf"), "positive, or null"),
         ("adaptive_beta", adaptive is None or 0 < adaptive < float("inf"), "positive, such as 0.6, or null"),
     )

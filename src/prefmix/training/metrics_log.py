@@ -16,7 +16,8 @@ from prefmix.mixture.elbo import RowELBO, elbo_rows
 from prefmix.mixture.estep import EStep
 from prefmix.mixture.posterior import posterior
 from prefmix.policy.mixture_model import MixtureOutput
-from prefmix.training.objective import Likelihoods, expert_variance
+from prefmix.training.objective import Likelihoods
+from prefmix.training.penalties import expert_variance
 
 BY_EXPERT = ("margins", "accuracies", "chosen", "rejected")
 

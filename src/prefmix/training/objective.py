@@ -15,13 +15,7 @@ from torch import Tensor
 
 from prefmix.mixture.estep import ESTEPS, EStep, EStepFunction
 from prefmix.mixture.likelihoods.dr_dpo import distributionally_robust_sum
-from prefmix.mixture.likelihoods.feedback import (
-    FeedbackRows,
-    feedback_log_lik,
-    marginal_log_lik,
-    sides_of,
-    text_rewards,
-)
+from prefmix.mixture.likelihoods.feedback import FeedbackRows, feedback_log_lik, marginal_log_lik, sides_of
 from prefmix.mixture.likelihoods.model import PER_TOKEN, FeedbackModel
 from prefmix.mixture.likelihoods.plackett_luce import Rankings
 from prefmix.policy.mixture_model import MixtureOutput
@@ -52,14 +46,15 @@ def batch_rows(inputs: Mapping[str, Tensor], model: FeedbackModel) -> FeedbackRo
     """
     num_tokens = None
     if model.loss_type in PER_TOKEN:
-        num_tokens = _completion_lengths(inputs)
+        num_tokens = completion_lengths(inputs)
     order = [inputs[name] for name in ("ranked", "ranked_size", "ranked_stages") if name in inputs]
     rankings = Rankings(*order) if order else None
     pair = inputs["chosen"], inputs["rejected"]
     return FeedbackRows(*pair, num_tokens, inputs.get("tie"), inputs.get("label"), rankings)
 
 
-def _completion_lengths(inputs: Mapping[str, Tensor]) -> Int[Tensor, "N"]:
+def completion_lengths(inputs: Mapping[str, Tensor]) -> Int[Tensor, "N"]:
+    """Completion tokens that a batch holds of each text."""
     if "completion_mask" in inputs:
         return inputs["completion_mask"].sum(1)
     return torch.bincount(inputs["segments"], minlength=len(inputs["text_ids"]))
@@ -95,33 +90,6 @@ def marginal_bound(
     sides = sides_of(output.log_probs, output.ref_log_probs, batch_rows(inputs, model))
     log_lik = marginal_log_lik(output.log_weights, sides, beta, model)
     return inputs["weight"].to(log_lik.dtype) * log_lik
-
-
-def pooling_penalty(
-    output: MixtureOutput, inputs: Mapping[str, Tensor], *, beta: Float[Tensor, "K"], model: FeedbackModel
-) -> Float[Tensor, "B"]:
-    """[B] a_i v_i with v_i = sum_k (m_ik - mean_j m_ij)^2 / K: how far experts lie apart, nats^2, with gradient.
-
-    pooling * sum_i a_i v_i is minus the log of a Gaussian prior of deviations in function space, whatever an expert
-    is. For linear experts m_ik = c_k . d_i it is sum_k |c_k - mean_j c_j|^2 / 2 in the metric (2 pooling / K) sum_i
-    a_i d_i d_i^T: the hierarchical prior of `mixture.linear_em`, scaled as the data are.
-
-    Args:
-        output: log-probabilities of the batch's texts under all experts, all with gradient.
-        inputs: the batch; of a ranking, the best text is set against the last.
-        beta: [K] beta_k.
-        model: the observation model, whose rewards are meant.
-
-    Source: Zellner 1986 (g-prior); Evgeniou & Pontil 2004 for penalising tasks' distance from their mean.
-    """
-    rows = batch_rows(inputs, model)
-    rewards = text_rewards(output.log_probs, output.ref_log_probs, beta, rows.num_tokens, model)
-    return inputs["weight"].to(rewards.dtype) * expert_variance(rewards[rows.chosen] - rewards[rows.rejected])
-
-
-def expert_variance(margins: Float[Tensor, "B K"]) -> Float[Tensor, "B"]:
-    """[B] sum_k (m_ik - mean_j m_ij)^2 / K, nats^2."""
-    return margins.var(dim=1, unbiased=False)
 
 
 def robust_bound(bound: Float[Tensor, "B"], weight: Float[Tensor, "B"], robustness: float | None) -> Float[Tensor, "B"]:

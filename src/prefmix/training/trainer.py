@@ -32,10 +32,11 @@ from prefmix.training.held_out import held_out_metrics
 from prefmix.training.membership_step import first_q
 from prefmix.training.metrics_log import Meter
 from prefmix.training.noise_state import NoiseState
-from prefmix.training.objective import Likelihoods, estep_function, held, likelihoods, pooling_penalty
+from prefmix.training.objective import Likelihoods, estep_function, held, likelihoods
 from prefmix.training.objectives import AbstractObjective, objective_of
 from prefmix.training.objectives.interface import objective_sums
 from prefmix.training.order import training_order
+from prefmix.training.penalties import penalty
 from prefmix.training.persistence import AbstractCheckpointedTrainer
 from prefmix.training.placing import place
 from prefmix.training.processes import (
@@ -159,12 +160,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         lik = self._likelihoods(output, inputs)
         batch = self.objective.bound(model, inputs, output, lik)
         prior = self.mixture.gate.log_prior() * inputs["weight"].sum() / self.em.total_weight
-        if self.args.pooling:
-            apart = pooling_penalty(output, inputs, beta=self._beta, model=self.args.feedback_model)
-            prior = prior - self.args.pooling * apart.sum()
-        if self.args.sft_weight:
-            supervised = sft_rows(output, inputs, batch.q.resp, self.args.token_dropout)
-            prior = prior - self.args.sft_weight * supervised.sum()
+        prior = prior - penalty(output, inputs, batch.q.resp, self._beta, self.args)
         loss = -(self.em.weigh(inputs, batch.bound).sum() + prior) * self.readers.number / num_items_in_batch
         self.meter.add(objective_sums(batch, output, lik, inputs))
         self.guard.observe_batch(inputs["row"], lik.log_lik, batch.log_weights, loss)
