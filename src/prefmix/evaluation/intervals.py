@@ -82,8 +82,9 @@ def cluster_bootstraps(
         return [Estimate(float(mean), nan, nan, nan, num_rows, len(sizes)) for mean in means]
     draws = _resampled_means(sums, sizes, num_resamples, seed)
     tail = 0.5 * (1.0 - level)
-    columns = zip(means, draws.std(axis=0, ddof=1), *np.quantile(draws, [tail, 1.0 - tail], axis=0), strict=True)
-    return [Estimate(*map(float, column), num_rows, len(sizes)) for column in columns]
+    low, high = np.quantile(draws, [tail, 1.0 - tail], axis=0)
+    columns = zip(means.tolist(), draws.std(axis=0, ddof=1).tolist(), low.tolist(), high.tolist(), strict=True)
+    return [Estimate(*column, num_rows, len(sizes)) for column in columns]
 
 
 def paired_difference(

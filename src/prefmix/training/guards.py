@@ -145,8 +145,8 @@ def _owner(model: MixtureModel, name: str, stacked: int | None) -> str:
     whole = re.match(r"experts\.(?:own\.)?models\.(\d+)\.(.*)", name)
     if whole is None:
         return f"all experts (trunk) or the gate ({name})"
-    spread = isinstance(model.experts, SpreadExperts)
-    expert = model.experts.own_experts[int(whole[1])] if spread else int(whole[1])
+    experts, local = model.experts, int(whole[1])
+    expert = experts.own_experts[local] if isinstance(experts, SpreadExperts) else local
     return f"expert {expert} ({whole[2]})"
 
 
