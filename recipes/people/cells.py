@@ -52,25 +52,8 @@ def prepare(people: PeopleSet, seed: int, texts: Texts, *, shuffled: bool = Fals
     return Prepared(users, *data, _data(context, fresh, texts), _data(new_test, fresh, texts), ranked)
 
 
-def lift(prepared: Prepared, texts: Texts, column: Tensor) -> tuple[Prepared, Texts]:
-    """Everything with one more feature, f . column."""
-
-    def longer(features: Tensor) -> Tensor:
-        return torch.cat([features, (features @ column).unsqueeze(1)], dim=1)
-
-    tables = {
-        name: value._replace(difference=longer(value.difference))
-        for name, value in prepared._asdict().items()
-        if isinstance(value, ProbeData)
-    }
-    return prepared._replace(**tables), texts._replace(features=longer(texts.features))
-
-
-def search(method: str, prepared: Prepared, texts: Texts, single: linear.Types | None, seed: int) -> list[float]:
+def search(method: str, prepared: Prepared, single: linear.Types | None, seed: int) -> list[float]:
     """Validation log-loss of every configuration of a method's grid, fitted to the training rows of one cut."""
-    if method in linear.DRAWN:
-        assert single is not None
-        prepared, texts = lift(prepared, texts, linear.everybodys(single, prepared.train))
     fits = (linear.fit(method, config, prepared.train, seed, single) for config in linear.GRIDS[method])
     return [float(row_loss(model, prepared.validation).mean()) for model in fits]
 
@@ -84,22 +67,20 @@ def run_cell(
         users [U] names; and by method: loss, hit [B] of test rows, and for true ids new_loss [n, B'] and, of jokes and
         films, ndcg and top [R].
     """
-    began, plain = time.process_time(), (prepare(people, seed, texts, shuffled=shuffled), texts)
-    single = linear.fit("single", chosen["single"], plain[0].train, seed)
+    began, prepared = time.process_time(), prepare(people, seed, texts, shuffled=shuffled)
+    single = linear.fit("single", chosen["single"], prepared.train, seed)
     assert isinstance(single, linear.Types)
-    drawn = lift(*plain, linear.everybodys(single, plain[0].train))
-    found: dict[str, Any] = {"users": list(plain[0].users), "user": plain[0].test.group.numpy(), "methods": {}}
-    found["new_user"] = plain[0].new_test.group.numpy()
+    found: dict[str, Any] = {"users": list(prepared.users), "user": prepared.test.group.numpy(), "methods": {}}
+    found["new_user"] = prepared.new_test.group.numpy()
     for method in ("single", *SHUFFLED) if shuffled else linear.METHODS:
-        prepared, seen = drawn if method in linear.DRAWN else plain
         model = single if method == "single" else linear.fit(method, chosen[method], prepared.train, seed, single)
         odds = linear.log_odds(model, prepared.test.difference, prepared.test.group).double()
         scores = {"loss": -torch.nn.functional.logsigmoid(odds).numpy(), "hit": hits(odds)}
         if not shuffled:
             scores["new_loss"] = _new_losses(model, prepared, chosen[method].get("weight", 1.0))
-            scores |= _rankings(model, prepared, seen, PROMPTS.get(people.name, ""))
+            scores |= _rankings(model, prepared, texts, PROMPTS.get(people.name, ""))
         found["methods"][method] = scores | {"about": linear.describe(model)}
-    found["rows"] = {part: len(getattr(plain[0], part).group) for part in ("train", "validation", "test", "new_test")}
+    found["rows"] = {part: len(getattr(prepared, part).group) for part in ("train", "validation", "test", "new_test")}
     found["cpu_seconds"] = time.process_time() - began
     return found
 

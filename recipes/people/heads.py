@@ -42,9 +42,10 @@ class Scored(NamedTuple):
     hit: np.ndarray
 
 
-def arms(experts: int) -> dict[str, tuple[Arm, bool]]:
+def arms(experts: int, pooling: float = 0.0, hold_epochs: float = 2.0) -> dict[str, tuple[Arm, bool]]:
     """Name -> what is trained, and whether its training rows have authors from a hat."""
-    user = {"num_experts": experts, "latent": "user", "init": "probe", "init_hold_epochs": 2}
+    user = {"num_experts": experts, "latent": "user", "init": "probe", "init_hold_epochs": hold_epochs}
+    user["pooling"] = pooling
     membership = user | {"latent": "membership"}
     return {
         "single": (Arm("single", {"num_experts": 1, "init": "random"}), False),
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     report: dict[str, Any] = {}
     for seed in args.seeds:
         splits, base = _prepare(args, seed)
-        for name, (arm, shuffled) in arms(args.experts).items():
+        for name, (arm, shuffled) in arms(args.experts, args.pooling, args.hold_epochs).items():
             scored = _best(arm, splits[shuffled], base, args, seed)
             found.setdefault(name, []).append(scored)
             print(f"seed {seed}, {name}: {scored[1]}", flush=True)
@@ -155,6 +156,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--experts", type=int, default=2)
+    parser.add_argument(
+        "--pooling", type=float, default=0.0, help="of mixtures: how strongly experts are drawn together"
+    )
+    parser.add_argument(
+        "--hold-epochs", type=float, default=2.0, help="of mixtures: first responsibilities stay so long"
+    )
     parser.add_argument("--row-weight", type=float, default=0.4, help="of training rows, for every arm")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 4e-3], help="grid of learning rates")
     parser.add_argument("--epochs", type=int, default=6, help="the best one on validation rows is kept")

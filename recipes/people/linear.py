@@ -29,23 +29,28 @@ from prefmix.mixture.split_merge import split_and_merge
 
 STARTS, DRAWS = 3, 8
 EM_STEPS, LBFGS_STEPS = 80, 50
-RIDGE = 256.0
-# Spread of the margins in everybody's column, nats: the larger, the less the ridge holds a reward along it.
-EVERYBODYS_SPREAD = 4.0
+# Holds what all rewards share, K experts together: single DPO's validation loss is flat up to here on all sets.
+SHARED_RIDGE = 64.0
 OWN_STEPS = 8
 
-# Nine configurations for each method. `weight` counts a row as so much: comparisons drawn from ratings share them, so
-# thirty rows are not thirty independent answers. The ridge is scaled alike, so it means the same at any weight.
-WEIGHTS = (1.0, 0.4, 0.2)
+# Twelve configurations for each method. `weight` counts a row as so much: comparisons drawn from ratings share them, so
+# thirty rows are not thirty independent answers. The prior is scaled alike, so it means the same at any weight.
+# `pooling` draws rewards to their mean (`mixture.linear_em`): what people want differently is held by it, what they
+# share by SHARED_RIDGE alone. Weak, stronger with rows that count less, and so strong that few rows decide nothing.
+POOLED = ((1.0, 256.0), (0.4, 256.0), (0.4, 1024.0), (1.0, 4096.0))
+
+
+def _pooled(counts: tuple[int, ...]) -> list[dict[str, float]]:
+    return [{"experts": k, "weight": w, "pooling": p} for k, (w, p) in itertools.product(counts, POOLED)]
+
+
 GRIDS: dict[str, list[dict[str, float]]] = {
-    "single": [{"ridge": 4.0**power} for power in range(-2, 7)],
-    "user": [{"experts": k, "weight": w} for k, w in itertools.product((2, 4, 8), WEIGHTS)],
-    "membership": [{"experts": k, "weight": w} for k, w in itertools.product((2, 3, 4), WEIGHTS)],
-    "log_linear": [{"experts": k, "weight": w} for k, w in itertools.product((2, 3, 4), WEIGHTS)],
-    "own": [{"tau": 2.0**power} for power in range(2, 11)],
+    "single": [{"ridge": 4.0**power} for power in range(-5, 7)],
+    "user": _pooled((2, 4, 8)),
+    "membership": _pooled((2, 3, 4)),
+    "log_linear": _pooled((2, 3, 4)),
+    "own": [{"tau": 2.0**power} for power in range(1, 13)],
 }
-# Methods whose rewards are drawn towards everybody's: they see one column more (`everybodys`).
-DRAWN = ("user", "membership", "log_linear")
 METHODS = tuple(GRIDS)
 
 
@@ -93,24 +98,15 @@ def fit(method: str, config: Mapping[str, float], data: ProbeData, seed: int, si
     if method == "single":
         return _types(data, 1, config["ridge"], generator)
     experts, weight = int(config["experts"]), config["weight"]
-    data, ridge = data._replace(weight=weight * data.weight), weight * RIDGE
+    data, ridge, pooling = data._replace(weight=weight * data.weight), SHARED_RIDGE / experts, config["pooling"]
+    ridge, pooling = weight * ridge, weight * pooling
     if method == "user":
-        return _types(data, experts, ridge, generator)
+        return _types(data, experts, ridge, generator, pooling)
     found = fit_membership(
         data, experts, experts - 1, combine="mixture" if method == "membership" else "log_linear", ridge=ridge,
-        samples=DRAWS, restarts=STARTS, max_steps=LBFGS_STEPS, generator=generator,
+        pooling=pooling, samples=DRAWS, restarts=STARTS, max_steps=LBFGS_STEPS, generator=generator,
     )  # fmt: skip
     return Blends(found.model, found.q)
-
-
-def everybodys(single: Types, data: ProbeData) -> Tensor:
-    """[P] v such that the column f . v is everybody's reward, scaled to a spread at which a ridge hardly holds it.
-
-    With features [f, f . v] the prior of a reward is centred on a line through everybody's: the ridge shrinks what
-    people of a type want *differently*, as experts over a shared base do, and not what all want.
-    """
-    centre = single.coefficients[0]
-    return EVERYBODYS_SPREAD / float((data.difference @ centre).std()) * centre
 
 
 def adapt(model: Model, context: ProbeData, weight: float = 1.0) -> Model:
@@ -175,7 +171,9 @@ def own_rewards(data: ProbeData, centre: Tensor, tau: float) -> Tensor:
     return found
 
 
-def _types(data: ProbeData, experts: int, ridge: float, generator: torch.Generator) -> Types:
+def _types(
+    data: ProbeData, experts: int, ridge: float, generator: torch.Generator, pooling: float | None = None
+) -> Types:
     """Annealed EM from random starts and a spectral one, then one round of split and merge."""
     starts = 1 if experts == 1 else STARTS
     first = torch.full((starts, data.num_groups, experts), torch.nan)
@@ -183,9 +181,9 @@ def _types(data: ProbeData, experts: int, ridge: float, generator: torch.Generat
         first[-1] = spectral_resp(summed_differences(data), experts, generator)
     found = fit_linear_em(
         data, experts, torch.full((starts,), ridge), anneal=4.0, generator=generator, max_steps=EM_STEPS,
-        tolerance=1e-5, first_resp=first,
+        tolerance=1e-5, first_resp=first, pooling=None if pooling is None else torch.full((starts,), pooling),
     )  # fmt: skip
-    best = split_and_merge(data, found, ridge, rounds=1, max_steps=EM_STEPS)
+    best = split_and_merge(data, found, ridge, rounds=1, max_steps=EM_STEPS, pooling=pooling)
     return Types(best.coefficients[0], best.log_weights[0], best.log_resp[0])
 
 

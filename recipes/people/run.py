@@ -76,7 +76,7 @@ def _search(people: PeopleSet, texts: Texts, args: argparse.Namespace) -> dict[s
                 if method != "single":
                     single = linear.fit("single", found["single"]["chosen"], prepared.train, seed)
                     assert isinstance(single, linear.Types)
-                entry["by_seed"][str(seed)] = search(method, prepared, texts, single, seed)
+                entry["by_seed"][str(seed)] = search(method, prepared, single, seed)
                 path.write_text(json.dumps(found, indent=1))
         losses = np.mean([entry["by_seed"][str(seed)] for seed in args.seeds], axis=0)
         entry |= {"validation_log_loss": losses.tolist(), "chosen": entry["grid"][int(losses.argmin())]}

@@ -18,7 +18,7 @@ import torch
 from prefmix.mixture.linear_em import ProbeData
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "people"
-MODULES = ("sets", "states", "linear", "cells", "figures", "summary", "run", "heads")
+MODULES = ("sets", "states", "linear", "cells", "figures", "summary", "run", "heads", "unseen")
 WORDS = ["the", "film", "story", "house", "sea", "sky", "girl", "forest", "time", "little", "near", "once"]
 
 
@@ -149,3 +149,12 @@ def test_intervals_see_people_and_seeds(load: Callable[[str], ModuleType]) -> No
     assert sure.mean == pytest.approx(found.mean + 1.0)
     only_seeds = [(names, user, np.full(300, value)) for value in (-1.0, 0.0, 1.0)]
     assert figures.interval(figures.collect(only_seeds), resamples=2000).high > 0.5
+
+
+def test_gains_of_some_people_are_those_of_their_rows(load: Callable[[str], ModuleType]) -> None:
+    unseen, figures = load("unseen"), load("figures")
+    user = np.array([0, 1, 2, 2, 1])
+    losses = {"single": {"loss": np.zeros(5)}, "user": {"loss": np.array([1.0, 2.0, 3.0, 4.0, 6.0])}}
+    runs = [{"users": ["a", "b", "c"], "user": user, "methods": losses}]
+    assert figures.interval(unseen.gains(runs, "user", {"c", "b"})).mean == pytest.approx((2 + 3 + 4 + 6) / 4)
+    assert figures.interval(unseen.gains(runs, "user", ["a"])).mean == pytest.approx(1.0)
