@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from prefmix.data.comparisons import ComparisonTable, TextTable
@@ -174,10 +174,18 @@ def score_rows(
 
 
 def read_texts(
-    experts: AbstractExperts, table: ComparisonTable, *, states: States | None = None, tokens_per_chunk: int = 2048
+    experts: AbstractExperts,
+    table: ComparisonTable,
+    *,
+    states: States | None = None,
+    tokens_per_chunk: int = 2048,
+    texts: Int[np.ndarray, "N"] | None = None,
 ) -> ReadTexts:
-    """The log-probabilities that `score_rows` works with, which cost nearly all of its time; arguments as there."""
-    used = np.unique(table.compared)
+    """The log-probabilities that `score_rows` works with, which cost nearly all of its time; arguments as there.
+
+    `texts` are ascending indices of `table.texts`; None: all that a row names.
+    """
+    used = np.unique(table.compared) if texts is None else texts
     return ReadTexts(used, _text_log_probs(experts, table.texts, used, states, tokens_per_chunk))
 
 

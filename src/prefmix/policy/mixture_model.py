@@ -56,14 +56,19 @@ class MixtureModel(nn.Module):
         metadata: Float[Tensor, "B M"] | None = None,
         learners: Bool[Tensor, "N K"] | None = None,
         ref_log_probs: Float[Tensor, "N K"] | None = None,
+        log_probs: Float[Tensor, "N K"] | None = None,
         **_: Tensor,
     ) -> MixtureOutput:
         """Log-probabilities of the batch's distinct texts and the gate of its comparisons.
 
         With `learners`, log-probabilities are right and have a gradient only where an expert learns from a text, and
         the reference's are not to be read (`AbstractExperts.for_learners`). `ref_log_probs` [N, K] are those of the
-        texts where they are known already (`AbstractExperts.forward`).
+        texts where they are known already (`AbstractExperts.forward`); with `log_probs` [N, K] too the experts are not
+        run at all, and no gradient reaches them.
         """
+        log_weights = self.gate(GateInputs(user=user, prompt_states=prompt_states, metadata=metadata))
+        if log_probs is not None and ref_log_probs is not None:
+            return MixtureOutput(log_probs, ref_log_probs, log_weights)
         texts: PackedStates | PaddedTexts
         if hidden is not None:
             assert targets is not None and segments is not None
@@ -71,9 +76,5 @@ class MixtureModel(nn.Module):
         else:
             assert input_ids is not None and attention_mask is not None and completion_mask is not None
             texts = PaddedTexts(input_ids, attention_mask, completion_mask)
-        if learners is None:
-            log_probs = self.experts(texts, ref_log_probs)
-        else:
-            log_probs = self.experts.for_learners(texts, learners)
-        log_weights = self.gate(GateInputs(user=user, prompt_states=prompt_states, metadata=metadata))
-        return MixtureOutput(log_probs.log_probs, log_probs.ref_log_probs, log_weights)
+        found = self.experts(texts, ref_log_probs) if learners is None else self.experts.for_learners(texts, learners)
+        return MixtureOutput(found.log_probs, found.ref_log_probs, log_weights)

@@ -64,6 +64,15 @@ def precomputes_references(values: Mapping[str, Any]) -> bool:
     return own_pass and several and values["token_dropout"] == 0
 
 
+def reads_experts_once(values: Mapping[str, Any]) -> bool:
+    """Whether nothing that trains, and no draw, reaches the experts' log-probabilities: they are constants of the run.
+
+    Left out are experts that only all processes together can run (`expert_parallel`, `sharding`).
+    """
+    whole = not values["expert_parallel"] and values["sharding"] == "none"
+    return not values["train_experts"] and values["token_dropout"] == 0 and whole
+
+
 def expert_problems(values: Mapping[str, Any]) -> list[str]:
     """Why kind, models, starts and frozen experts do not go together, or nothing."""
     independent = values["expert_kind"] == "independent"

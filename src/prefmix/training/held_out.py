@@ -10,7 +10,7 @@ import numpy as np
 from transformers import EvalPrediction
 
 from prefmix.evaluation.metrics import accuracy, log_loss
-from prefmix.evaluation.scoring import Predictions, predict, score_rows
+from prefmix.evaluation.scoring import Predictions, predict, score_texts
 from prefmix.evaluation.weights import known_user_log_weights, population_log_weights
 from prefmix.training.population_gate import unknown_user_log_weights
 from prefmix.training.result import gate_with_user_weights, population_noise, training_log_lik
@@ -35,12 +35,11 @@ def held_out_metrics(trainer: MixtureTrainer, comparisons: Comparisons, prefix: 
     start = time.perf_counter()
     table, mixture = comparisons.table, trainer.mixture
     users, noise = trainer.running_user_state(), population_noise(trainer)
-    scores = score_rows(
-        mixture.experts,
+    scores = score_texts(
+        trainer.readings.of(comparisons),
         table,
         beta=trainer.args.betas,
         feedback=replace(trainer.args.feedback_model, label_noise=noise),
-        states=comparisons.states,
         noise=users.rates(table.user.tolist(), noise),
     )
     terms = unknown_user_log_weights(mixture, comparisons)

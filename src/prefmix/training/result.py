@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefmix.data.comparisons import ComparisonTable
-from prefmix.evaluation.scoring import score_rows
+from prefmix.evaluation.scoring import score_texts
 from prefmix.experts.base_model import BaseModel
 from prefmix.experts.quantization import quantization_of
 from prefmix.mixture.gates import Gate
@@ -42,12 +42,11 @@ def training_log_lik(trainer: MixtureTrainer) -> Float[Tensor, "B K"]:
     """Log-likelihoods of all training rows under the experts as they are: one pass over the distinct texts."""
     comparisons, args, noise = trainer.train_comparisons, trainer.args, trainer.em.noise
     every = torch.arange(len(comparisons.table), device=args.device)
-    return score_rows(
-        trainer.mixture.experts,
+    return score_texts(
+        trainer.readings.of(comparisons),
         comparisons.table,
         beta=args.betas,
         feedback=args.feedback_model,
-        states=comparisons.states,
         noise=None if noise is None else noise.of_rows(every).double().cpu(),
     ).log_lik
 

@@ -50,6 +50,7 @@ from prefmix.training.processes import (
     share_tensors,
     summed,
 )
+from prefmix.training.readings import Readings
 from prefmix.training.references import known_references
 from prefmix.training.result import build_policy, identity, running_users, training_log_lik
 from prefmix.training.starting_experts import FrozenExperts
@@ -137,7 +138,9 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.references = known_references(self.mixture.experts, table, args, self.accelerator)
+        self.readings = Readings(self.mixture.experts, self.train_comparisons, args, self.accelerator)
+        once = self.readings.known is not None
+        self.references = None if once else known_references(self.mixture.experts, table, args, self.accelerator)
         self.placement = place(self.mixture, self.accelerator, args, self.base)
         # Trainer's name for a model that places itself and reduces its own gradients: it is not wrapped again.
         self.is_distributed_loading_by_transformers = self.placement.places_itself
@@ -214,8 +217,9 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         return loss
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """With the references' log-probabilities where they are known."""
+        """With the log-probabilities that are known: the references', or the experts' too."""
         inputs = super()._prepare_inputs(inputs)
+        inputs |= self.readings.of_batch(inputs["text_ids"])
         return inputs if self.references is None else inputs | {"ref_log_probs": self.references[inputs["text_ids"]]}
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
