@@ -15,7 +15,7 @@ import numpy as np
 from prefmix.data.convarg import convarg_sides
 
 # Tastes are taken in this order; the first ones can be read off a text, a side only by who knows its debate.
-ARGUMENT_ATTRIBUTES = ("long words", "length", "questions", "first person", "commas", "side")
+ARGUMENT_ATTRIBUTES = ("length", "long words", "questions", "first person", "commas", "side")
 TEST_SHARE = 0.3
 _SELF = {"i", "i'm", "i've", "me", "my", "mine", "we", "our", "us"}
 
@@ -91,9 +91,9 @@ def feature_pools(
 def argument_pools(*, max_words: int | None = 60, seed: int = 0) -> dict[str, TextPool]:
     """The arguments that the package ships (UKPConvArg1), with what can be counted in them.
 
-    `long words`: letters a word; `length`: log words; `questions`, `commas`: log (1 + count); `first person`: share
+    `length`: log words; `long words`: letters a word; `questions`, `commas`: log (1 + count); `first person`: share
     of words; `side`: which side of the debate. Each attribute is what the ones before it do not explain
-    (Gram-Schmidt within debates), so a taste for length is none for long words.
+    (Gram-Schmidt within debates), so a taste for long words is none for length.
 
     Args:
         max_words: leave longer arguments out.
@@ -132,8 +132,8 @@ def _count(text: str) -> list[float]:
     words = re.findall(r"[\w']+", text.lower()) or [""]
     size = len(words)
     return [
-        sum(map(len, words)) / size,
         float(np.log(size)),
+        sum(map(len, words)) / size,
         float(np.log1p(text.count("?"))),
         sum(word in _SELF for word in words) / size,
         float(np.log1p(text.count(","))),
