@@ -131,8 +131,9 @@ def test_what_a_policy_knows_of_a_judge_is_used_and_can_be_forgotten(make_traine
         assert probability == pytest.approx((1 - rate) * sure + rate * (1 - sure), abs=1e-6)
     policy.forget("user3")
     assert judged("user3")[1] == pytest.approx(judged("stranger")[1])
+    assert policy.config.label_noise_prior == tuple(trainer.args.label_noise_prior)
     policy.adapt("stranger", [row])
-    assert len(policy.users.noise) == USERS + 1 and policy.users.noise[-1].isnan()
+    assert len(policy.users.noise) == USERS + 1 and 0 < policy.users.noise[-1] < 0.5
 
 
 class Interrupt(TrainerCallback):

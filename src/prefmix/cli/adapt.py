@@ -39,11 +39,13 @@ def run(args: argparse.Namespace) -> None:
     with stdout_is_for_results():
         policy = load_policy(args)
         policy.adapt(args.user, rows, save=args.save)
+    rate = policy.users.rate(args.user)
     if args.format == "json":
         weights = policy.weights(user=args.user).tolist()
-        print_json({"user": args.user, "comparisons": len(rows), "weights": weights, "saved": args.save})
+        found = {"user": args.user, "comparisons": len(rows), "weights": weights, "saved": args.save}
+        print_json(found if rate is None else found | {"label_noise": rate})
         return
-    print(f"{args.user}, {len(rows)} comparisons")
+    print(f"{args.user}, {len(rows)} comparisons" + ("" if rate is None else f", {rate:.0%} of the labels flipped"))
     print(weight_lines(policy, args.user))
     note(f"kept in {args.policy}" if args.save else "not kept; --save keeps the user in the policy folder")
 

@@ -23,6 +23,8 @@ from prefmix.mixture.precision import at_least_float32
 from prefmix.mixture.priors import map_log_weights
 
 RANDOM = 0.5
+# Strictly inside [0, 1/2]: a rate that had reached 0 would never leave it.
+LOWEST, HIGHEST = 1e-4, RANDOM - 1e-4
 FIRST_NOISE = 0.1
 
 
@@ -78,6 +80,27 @@ def flip_probability(margins: Float[Tensor, "B K"], noise: Float[Tensor, "B"]) -
     margins = at_least_float32(margins)
     # The log odds of flipped: log e - log(1 - e) - m, exact at any margin.
     return torch.sigmoid(torch.logit(noise.to(margins.dtype)).unsqueeze(-1) - margins)
+
+
+def row_flips(
+    margins: Float[Tensor, "B K"],
+    noise: Float[Tensor, "B"],
+    resp: Float[Tensor, "B K"],
+    label: Float[Tensor, "B"] | None = None,
+) -> Float[Tensor, "B"]:
+    """[B] f_i = sum_k q_ik f_ik; a soft label is the row both ways round, by its two shares.
+
+    Args:
+        margins: [B, K] m_ik.
+        noise: [B] e_i.
+        resp: [B, K] q_ik.
+        label: [B] probability that the first response is the better one; None: 1.
+    """
+    flipped = flip_probability(margins, noise)
+    if label is not None:
+        share = label.to(flipped.dtype).unsqueeze(1)
+        flipped = share * flipped + (1.0 - share) * flip_probability(-margins, noise)
+    return (resp * flipped).sum(dim=1)
 
 
 def update_noise(

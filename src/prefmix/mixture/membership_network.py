@@ -20,7 +20,9 @@ from prefmix.mixture.membership import (
     GaussianQ,
     MembershipRows,
     initial_loading,
+    membership_log_weights,
     predictive_log_weights,
+    sample_z,
     standard_draws,
 )
 from prefmix.mixture.membership_fit import fit_users
@@ -110,6 +112,18 @@ class MembershipNetwork(nn.Module):
         moved = rows._replace(gate_log_weights=rows.gate_log_weights + before.mean @ loading.T)
         q = fit_users(moved, loading * before.log_std.exp(), self.combine, noise).q
         return GaussianQ(before.mean + before.log_std.exp() * q.mean, before.log_std + q.log_std)
+
+    @torch.no_grad()
+    def responsibilities(
+        self, gate_log_weights: Float[Tensor, "B K"], log_lik: Float[Tensor, "B K"], q: GaussianQ
+    ) -> Float[Tensor, "B K"]:
+        """[B, K] E_q of the posterior of each row's expert, rows of one user; float64 on the CPU.
+
+        It is the gradient of the user's bound in log p_ik (`mixture`).
+        """
+        z = sample_z(q, standard_draws(PREDICTIVE_DRAWS, self.dim).to(q.mean).unsqueeze(1))
+        log_weights = membership_log_weights(gate_log_weights.double().cpu(), self.loading.double().cpu(), z)
+        return torch.softmax(log_weights + log_lik.double().cpu(), dim=-1).mean(dim=0)
 
     def log_prior(self) -> Float[Tensor, ""]:
         """Log density of A under independent N(0, v) up to a constant, nats; the encoder's weights have a flat prior.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -23,6 +24,9 @@ class PolicyConfig:
         base_sha256: hash of the base model's content; another base is refused.
         label_noise: e in p = (1-e) sigmoid(m) + e sigmoid(-m); where rates are learnt for each annotator (`UserState`),
             that of somebody unknown, their mean.
+        label_noise_update: whether training learnt e, for everybody (`global`) or for each annotator, where `adapt`
+            learns that of a new user too; policies older than this field have `fixed`.
+        label_noise_prior: Beta(a, b) under which it was learnt; null where it was not.
         feedback: what else the loss was (`FeedbackModel.to_dict`); empty: Bradley-Terry, mixed.
         base_revision: revision on the hub, null for its main branch.
         base_gguf_file: file within `base_source`, where that is a GGUF repository.
@@ -55,6 +59,8 @@ class PolicyConfig:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     feedback: Mapping[str, Any] = field(default_factory=dict)
     unknown_users: Mapping[str, Any] = field(default_factory=dict)
+    label_noise_update: Literal["fixed", "global", "per_annotator"] = "fixed"
+    label_noise_prior: tuple[float, float] | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -67,12 +73,26 @@ class PolicyConfig:
             raise ValueError(f"beta={list(self.beta)}: give one positive number for each expert")
         if not 0 <= self.label_noise < 0.5:
             raise ValueError(f"label_noise={self.label_noise}: must be at least 0 and below 0.5")
+        self._check_learnt_noise()
         weights = self.default_weights
         if weights is not None and (len(weights) != self.num_experts or min(weights) < 0 or not sum(weights) > 0):
             raise ValueError(
                 f"unknown_users.weights={weights}: give {self.num_experts} numbers, none negative, not all zero"
             )
         FeedbackModel.from_dict(self.feedback, self.label_noise)
+
+    def _check_learnt_noise(self) -> None:
+        update, prior = self.label_noise_update, tuple(float(count) for count in self.label_noise_prior or ())
+        if update not in ("fixed", "global", "per_annotator"):
+            raise ValueError(f"label_noise_update={update!r}: one of fixed, global, per_annotator")
+        if (update == "fixed") != (self.label_noise_prior is None):
+            raise ValueError(
+                f"label_noise_update={update!r} with label_noise_prior={self.label_noise_prior}: a learnt "
+                "rate has a prior, such as [1.2, 2.8], and a fixed one has none"
+            )
+        if prior and not (len(prior) == 2 and all(1.0 <= count < math.inf for count in prior)):
+            raise ValueError(f"label_noise_prior={list(prior)}: two numbers, each at least 1, such as [1.2, 2.8]")
+        object.__setattr__(self, "label_noise_prior", prior or None)
 
     @property
     def feedback_model(self) -> FeedbackModel:

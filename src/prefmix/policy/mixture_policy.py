@@ -31,6 +31,7 @@ from prefmix.policy.responses import left_pad, stream_response, write_responses
 from prefmix.policy.serialization import PolicyParts, read_policy, write_policy
 from prefmix.policy.text_scores import product_log_probs, text_log_probs
 from prefmix.policy.unknown_users import Objective, default_weights, unknown_user_weights
+from prefmix.policy.user_learning import learn_user
 from prefmix.policy.user_state import UserState
 from prefmix.policy.user_weights import UserWeights, given_weights
 
@@ -156,8 +157,8 @@ class MixturePolicy:
         """Learns a user's weights from comparisons, without training; returns them.
 
         Under `latent="user"` this is the exact posterior; under `latent="pair"` with a `user` gate term the maximum a
-        posteriori weights; under `latent="membership"` one pass of the encoder, or a small fit. Evidence is added to
-        what is known of the user: the same rows given twice count twice.
+        posteriori weights; under `latent="membership"` one pass of the encoder, or a small fit. Where training learnt
+        `per_annotator` rates, the user's is fitted along (`user_learning`). The same rows given twice count twice.
 
         Args:
             user: a new or known name; a `user` column in the rows is not read.
@@ -173,8 +174,7 @@ class MixturePolicy:
         user_weights.check_adaptable()
         table = self._table(comparisons)
         scores = self._preference_scores(table, [self.users.index(user)] * len(table))
-        prompts = [table.texts.prompts[i] for i in table.prompt]
-        user_weights.learn(user, prompts, table.metadata, scores.log_lik, torch.from_numpy(table.weight))
+        learn_user(user_weights, user, table, scores, self.config)
         if save:
             assert self.path is not None
             self.save_pretrained(self.path)

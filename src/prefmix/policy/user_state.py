@@ -99,6 +99,13 @@ class UserState:
         found = torch.where(known, self.noise[torch.where(known, index, 0)], torch.nan)
         return torch.where(found.isnan(), otherwise, found)
 
+    def rate(self, name: str) -> float | None:
+        """The user's own error rate; None where it was not learnt."""
+        row = self.index(name)
+        if self.noise is None or row < 0 or bool(self.noise[row].isnan()):
+            return None
+        return float(self.noise[row])
+
     def q(self, rows: Sequence[int], dim: int) -> GaussianQ:
         """What is known of users' z by row, [B, d]; the prior N(0, I) for -1 (unknown)."""
         index = torch.tensor(rows, dtype=torch.long)

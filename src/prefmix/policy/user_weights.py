@@ -15,8 +15,9 @@ from torch import Tensor
 
 from prefmix.data.users import MetadataEncoder
 from prefmix.mixture.gates import GateInputs
-from prefmix.mixture.membership import MembershipRows
+from prefmix.mixture.membership import GaussianQ, MembershipRows
 from prefmix.mixture.posterior import posterior
+from prefmix.mixture.user_noise import Responsibilities
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.policy.personalization import map_user_offsets
 from prefmix.policy.prompt_states import pooled_prompt_states
@@ -147,11 +148,46 @@ class UserWeights(NamedTuple):
         row = self.users.add(user)
         if self.latent != "pair":
             self.users.log_lik[row] += weight @ log_lik.double()
-        if self.latent == "membership":
-            self._learn_membership(row, self._gate(prompts, [-1] * len(prompts), metadata), log_lik, weight)
-        elif self.latent == "pair":
-            self._learn_offsets(row, self._gate(prompts, [-1] * len(prompts), metadata), log_lik, weight)
+        if self.latent != "user":
+            gate = self._gate(prompts, [-1] * len(prompts), metadata)
+            if self.latent == "membership":
+                self.users.set_q(row, self._membership(row, gate, log_lik, weight))
+            else:
+                self._set_offsets(row, self._offsets(row, gate, log_lik, weight))
         self.users.count[row] += weight.sum()
+
+    def responsibilities(
+        self,
+        row: int,
+        prompts: Sequence[Sequence[int]],
+        metadata: Sequence[Mapping[str, Any]],
+        weight: Float[Tensor, "n"],
+    ) -> Responsibilities:
+        """Who judged each of a user's comparisons, from their log p_ik, with what was known of the user before.
+
+            latent="user":        q_k proportional to gate_k prod_{i of user} p_ik, the same for all rows
+            latent="pair":        q_ik proportional to w_ik p_ik, w at the user's maximum a posteriori
+            latent="membership":  q_ik = E_{q(z)} of w_ik(z) p_ik, normalised
+
+        Args:
+            row: of the user.
+            prompts: n token sequences, the comparisons' prompts.
+            metadata: n mappings.
+            weight: [n] a_i.
+        """
+        gate, network = self._gate(prompts, [-1] * len(prompts), metadata), self.model.gate.membership
+
+        def of_rows(log_lik: Float[Tensor, "n K"]) -> Float[Tensor, "n K"]:
+            if network is not None:
+                q = self._membership(row, gate, log_lik, weight)
+                return network.responsibilities(gate, log_lik, q)
+            if self.latent == "pair":
+                own = torch.log_softmax(gate + self._offsets(row, gate, log_lik, weight), dim=-1)
+                return posterior(own, log_lik).log_resp.exp()
+            evidence = self.users.log_lik[row] + weight @ log_lik
+            return posterior(gate, evidence.expand_as(gate)).log_resp.exp()
+
+        return of_rows
 
     @torch.no_grad()
     def forget(self, user: str) -> None:
@@ -167,27 +203,27 @@ class UserWeights(NamedTuple):
         if self.has_user_term and row < len(self.model.gate.user):
             self.model.gate.user[row] = 0.0
 
-    def _learn_membership(
+    def _membership(
         self,
         row: int,
         gate_log_weights: Float[Tensor, "n K"],
         log_lik: Float[Tensor, "n K"],
         weight: Float[Tensor, "n"],
-    ) -> None:
+    ) -> GaussianQ:
         network = self.model.gate.membership
         assert network is not None, "latent='membership' comes with a loading"
         nobody_else = torch.zeros(len(weight), dtype=torch.long)
         rows = MembershipRows(gate_log_weights, log_lik.double(), nobody_else, weight, 1)
         before = self.users.q([row], network.dim) if self.users.count[row] > 0 else None
-        self.users.set_q(row, network.learn(rows, before))
+        return network.learn(rows, before)
 
-    def _learn_offsets(
+    def _offsets(
         self,
         row: int,
         gate_log_weights: Float[Tensor, "n K"],
         log_lik: Float[Tensor, "n K"],
         weight: Float[Tensor, "n"],
-    ) -> None:
+    ) -> Float[Tensor, "K"]:
         gate = self.model.gate
         if row >= len(gate.user):
             gate.add_users(row + 1 - len(gate.user))
@@ -195,7 +231,11 @@ class UserWeights(NamedTuple):
         # Prior and earlier comparisons count as pseudo-comparisons with the user's present weights.
         present = torch.log_softmax(population + gate.user[row].cpu().double(), dim=-1)
         past_counts = (self.users.count[row] + gate.user_strength) * present.exp()
-        offsets = map_user_offsets(gate_log_weights, log_lik, weight, population, past_counts)
+        return map_user_offsets(gate_log_weights, log_lik, weight, population, past_counts)
+
+    def _set_offsets(self, row: int, offsets: Float[Tensor, "K"]) -> None:
+        gate = self.model.gate
+        population = gate.population_log_weights().cpu().double()
         gate.set_user_log_weights(row, (population + offsets).to(gate.user.dtype).to(gate.user.device))
 
     def _gate(

@@ -15,12 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from prefmix.data.comparisons import ComparisonTable
-from prefmix.mixture.annotator_noise import RANDOM, BetaPrior, flip_probability, update_noise
+from prefmix.mixture.annotator_noise import HIGHEST, LOWEST, BetaPrior, row_flips, update_noise
 from prefmix.training.config import MixtureConfig
 from prefmix.training.noise_options import first_noise
 
-# Strictly inside [0, 1/2]: a rate that had reached 0 would never leave it.
-LOWEST, HIGHEST = 1e-4, RANDOM - 1e-4
 # From here on the log counts an annotator as one who answers at random.
 NEARLY_RANDOM = 0.35
 
@@ -57,13 +55,8 @@ class NoiseState:
         resp: Float[Tensor, "B K"],
         label: Float[Tensor, "B"] | None = None,
     ) -> Float[Tensor, "B"]:
-        """[B] f_i at the responsibilities `resp`; a soft label is the row both ways round, by its two shares."""
-        rate = self.of_rows(row)
-        flipped = flip_probability(margins, rate)
-        if label is not None:
-            share = label.to(flipped.dtype).unsqueeze(1)
-            flipped = share * flipped + (1.0 - share) * flip_probability(-margins, rate)
-        return (resp * flipped).sum(dim=1)
+        """[B] f_i at the responsibilities `resp`."""
+        return row_flips(margins, self.of_rows(row), resp, label)
 
     def remember(self, row: Int[Tensor, "B"], flipped: Float[Tensor, "B"]) -> None:
         """Keeps the flip probabilities of rows; copies (negative) are left out."""

@@ -149,6 +149,8 @@ def build_policy(trainer: MixtureTrainer, log_lik: Float[Tensor, "B K"]) -> Mixt
         base_source=base.source,
         base_sha256=base.sha256,
         label_noise=population_noise(trainer),
+        label_noise_update=args.label_noise_update,
+        label_noise_prior=None if args.label_noise_update == "fixed" else cast(Any, args.label_noise_prior),
         feedback=args.feedback_model.to_dict(),
         base_revision=args.model_revision,
         base_gguf_file=gguf_file,
