@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from prefmix.experiments.diagnose_experts import (
+    LearntNoise,
     ScoredRows,
     annotators,
     calibration,
@@ -113,6 +114,24 @@ def test_careless_people_are_no_minority_and_a_true_minority_is_one() -> None:
     noisy_but_real = noise_or_minority(people((50, 10), noise=(0.0, 0.15), seed=3))
     assert noisy_but_real.level == "fine"
     assert noise_or_minority(people((30, 30), noise=(0.0, 0.4), taste=(0, 0))).level == "fine"  # no small group
+
+
+@pytest.mark.parametrize("each", [True, False])
+def test_where_noise_is_learnt_no_remedy_is_to_set_it(each: bool) -> None:
+    """`label_noise` only says where a learnt rate starts."""
+    learnt = LearntNoise(0.07, (1.2, 2.8), per_annotator=each)
+    careless, sure = people((50, 10), noise=(0.0, 0.35), taste=(0, 0), seed=3), people((60,), noise=(0.0,), sure=2.0)
+    unsure = people((60,), noise=(0.0,), sure=0.5)
+    remedies = [noise_or_minority(careless, learnt).remedy, *(calibration(s, learnt).remedy for s in (sure, unsure))]
+    assert not any(phrase in remedy for remedy in remedies for phrase in ("set label_noise,", "label_noise, lower"))
+    assert remedies[0].endswith(
+        "their rates are learnt already, so try one expert fewer" if each else "one expert fewer"
+    )
+    assert ("set label_noise_update: per_annotator" in remedies[0]) != each
+    assert "now 0.07" in remedies[1] and "label_noise_prior more weight, such as [3, 9]" in remedies[1]
+    assert "label_noise_prior with a lower mode" in remedies[2]
+    found = {f.check: f.remedy for f in diagnose_scored(sure, learnt)}
+    assert found["calibration"] == remedies[1]
 
 
 @pytest.mark.parametrize(("sure", "level"), [(2.0, "warning"), (0.5, "warning"), (1.1, "fine"), (0.9, "fine")])

@@ -130,7 +130,7 @@ def test_repeated_and_contradicted_rows() -> None:
     for turned in (False, True):
         assert duplicates(with_again(5, turned)).level == "fine"
         assert duplicates(with_again(10, turned)).level == "warning"
-    assert "label_noise" in duplicates(with_again(10, True)).remedy
+    assert "set label_noise, or have it learnt (label_noise_update" in duplicates(with_again(10, True)).remedy
     other = with_again(10, False)
     other.user[-10:] = np.arange(100, 110)  # other people may say the same
     assert duplicates(other).level == "fine"

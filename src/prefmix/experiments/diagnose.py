@@ -16,7 +16,7 @@ from prefmix.experiments.diagnosis import Diagnosis, Finding
 
 if TYPE_CHECKING:
     from prefmix.evaluation.cached_states import StateCache
-    from prefmix.experiments.diagnose_experts import ScoredRows
+    from prefmix.experiments.diagnose_experts import LearntNoise, ScoredRows
     from prefmix.policy.mixture_policy import MixturePolicy
 
 
@@ -65,12 +65,21 @@ def diagnose_policy(
     """
     from prefmix.experiments.diagnose_experts import annotators, diagnose_scored
 
-    findings = diagnose_scored(scored_rows(policy, rows) if scored is None else scored)
+    findings = diagnose_scored(scored_rows(policy, rows) if scored is None else scored, _learnt_noise(policy))
     if policy.users.noise is not None:
         findings.append(annotators(policy.users.noise.numpy()))
     if cache is not None and policy.config.num_experts > 1:
         findings += _probe_restarts(policy, rows, cache, probe_dim, restarts, seed)
     return Diagnosis(source, findings)
+
+
+def _learnt_noise(policy: MixturePolicy) -> LearntNoise | None:
+    from prefmix.experiments.diagnose_experts import LearntNoise
+
+    config, each = policy.config, policy.users.noise is not None  # older policies say it by their users alone
+    if config.label_noise_update == "fixed" and not each:
+        return None
+    return LearntNoise(config.label_noise, config.label_noise_prior, each or config.label_noise_update != "global")
 
 
 def scored_rows(policy: MixturePolicy, rows: Sequence[Mapping[str, Any]]) -> ScoredRows:

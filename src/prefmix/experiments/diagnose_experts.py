@@ -14,6 +14,7 @@ import torch
 from prefmix.evaluation.metrics import adjusted_rand_index, reliability
 from prefmix.experiments.diagnosis import Finding
 from prefmix.mixture.collapse import find_collapse
+from prefmix.training.noise_options import stronger_prior
 
 LENGTH_SHARE = 0.5
 MINORITY = 0.3
@@ -44,14 +45,28 @@ class ScoredRows(NamedTuple):
         return self.rewards_chosen - self.rewards_rejected
 
 
-def diagnose_scored(scored: ScoredRows) -> list[Finding]:
-    """All checks of scored rows."""
+class LearntNoise(NamedTuple):
+    """Label noise that training learnt, where `label_noise` only says where it starts.
+
+    Attributes:
+        rate: the mean rate, e.
+        prior: Beta(a, b), or None where the policy does not say.
+        per_annotator: one rate for each annotator, not one for everybody.
+    """
+
+    rate: float
+    prior: Sequence[float] | None
+    per_annotator: bool
+
+
+def diagnose_scored(scored: ScoredRows, noise: LearntNoise | None = None) -> list[Finding]:
+    """All checks of scored rows; `noise` is what training learnt of it, and decides which remedy works."""
     return [
         collapse(scored),
         length_split(scored),
         displacement(scored),
-        noise_or_minority(scored),
-        calibration(scored),
+        noise_or_minority(scored, noise),
+        calibration(scored, noise),
     ]
 
 
@@ -108,7 +123,7 @@ def displacement(scored: ScoredRows) -> Finding:
     return Finding("displacement", "fine", what, numbers)
 
 
-def noise_or_minority(scored: ScoredRows) -> Finding:
+def noise_or_minority(scored: ScoredRows, noise: LearntNoise | None = None) -> Finding:
     """Is the smallest group one with a taste, or people of a larger group who answer carelessly?
 
     For its users: log-likelihood under their expert k, against the best (1 - e) p_j + e (1 - p_j) of any larger expert
@@ -133,9 +148,16 @@ def noise_or_minority(scored: ScoredRows) -> Finding:
         f"member of another group would (z = {z:.1f})"
     )
     if z < 2:
-        remedy = "these people may answer carelessly rather than differ: set label_noise, and try one expert fewer"
+        remedy = f"these people may answer carelessly rather than differ: {_for_carelessness(noise)}one expert fewer"
         return Finding("noise or minority", "warning", what, numbers, remedy)
     return Finding("noise or minority", "fine", what, numbers)
+
+
+def _for_carelessness(noise: LearntNoise | None) -> str:
+    if noise is not None and noise.per_annotator:
+        return "their rates are learnt already, so try "
+    wanted = "label_noise_update: per_annotator" if noise is not None else "label_noise"
+    return f"set {wanted}, and try "
 
 
 def _best_with_noise(probability: np.ndarray) -> np.ndarray:
@@ -166,7 +188,7 @@ def annotators(rates: np.ndarray) -> Finding:
     return Finding("annotators", "fine", what, numbers)
 
 
-def calibration(scored: ScoredRows, steps: int = 30) -> Finding:
+def calibration(scored: ScoredRows, noise: LearntNoise | None = None, steps: int = 30) -> Finding:
     """Are probabilities as sure as they are right? The slope a of logit p -> a logit p that fits best; 1 is right."""
     p = (scored.weights * scored.probability).sum(axis=1).clip(1e-12, 1 - 1e-12)
     logit = np.log(p) - np.log1p(-p)
@@ -181,11 +203,20 @@ def calibration(scored: ScoredRows, steps: int = 30) -> Finding:
     numbers = {"slope": slope, "standard_error": float(error), "ece": ece}
     what = f"logits should be multiplied by {slope:.2f} +- {error:.2f}; expected calibration error {ece:.3f}"
     if slope + 2 * error < 0.8:
-        remedy = "too sure: set or raise label_noise, lower the number of epochs, or judge on held-out rows"
+        remedy = f"too sure: {_for_sureness(noise)}, lower the number of epochs, or judge on held-out rows"
         return Finding("calibration", "warning", what, numbers, remedy)
     if slope - 2 * error > 1.25:
-        return Finding("calibration", "warning", what, numbers, "not sure enough: more epochs, or lower label_noise")
+        lower = "lower label_noise" if noise is None else "a label_noise_prior with a lower mode"
+        return Finding("calibration", "warning", what, numbers, f"not sure enough: more epochs, or {lower}")
     return Finding("calibration", "fine", what, numbers)
+
+
+def _for_sureness(noise: LearntNoise | None) -> str:
+    """Noise as given is given higher; where it is learnt, from rows that the experts came to fit, its prior is."""
+    if noise is None:
+        return "set or raise label_noise"
+    such = "" if noise.prior is None else ", such as [{:g}, {:g}]".format(*stronger_prior(noise.prior))
+    return f"label_noise is learnt (now {noise.rate:.2g}): give label_noise_prior more weight{such}"
 
 
 def restart_agreement(labels: Sequence[np.ndarray], evidences: Sequence[float]) -> Finding:

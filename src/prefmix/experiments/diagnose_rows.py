@@ -18,6 +18,8 @@ from prefmix.experiments.diagnosis import Finding
 
 ENOUGH_ROWS = 8
 NEAR_EQUAL = 0.9
+# Rows do not say how they will be trained on.
+NOISE_REMEDY = "set label_noise, or have it learnt (label_noise_update: per_annotator)"
 
 
 class RowColumns(NamedTuple):
@@ -166,7 +168,7 @@ def disagreement_rank(columns: RowColumns, seed: int = 0, permutations: int = 20
     }
     what = f"{directions} directions of disagreement are above chance (effective rank {rank:.0f}, {len(pair)} answers)"
     if directions == 0:
-        remedy = "disagreement looks like noise: set label_noise, or more rows on shared pairs may show groups"
+        remedy = f"disagreement looks like noise: {NOISE_REMEDY}; or more rows on shared pairs may show groups"
         return Finding("disagreement rank", "warning", what, numbers, remedy)
     return Finding("disagreement rank", "fine", what, numbers)
 
@@ -184,7 +186,7 @@ def duplicates(columns: RowColumns) -> Finding:
         remedy = "repeated rows count twice in a user's evidence; drop them, or give weights"
         return Finding("duplicates", "warning", what, numbers, remedy)
     if against > 0.02:
-        return Finding("duplicates", "warning", what, numbers, "people contradict themselves: set label_noise")
+        return Finding("duplicates", "warning", what, numbers, f"people contradict themselves: {NOISE_REMEDY}")
     return Finding("duplicates", "fine", what, numbers)
 
 

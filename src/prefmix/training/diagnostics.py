@@ -14,6 +14,7 @@ from prefmix.mixture.bradley_terry import margins_of_log_lik
 from prefmix.mixture.collapse import find_collapse
 from prefmix.mixture.features import pool_features
 from prefmix.mixture.identifiability import Identifiability, identifiability
+from prefmix.training.noise_options import stronger_prior
 
 if TYPE_CHECKING:
     from prefmix.training.trainer import MixtureTrainer
@@ -105,8 +106,7 @@ def _remedy_of_overconfidence(trainer: MixtureTrainer) -> str:
     """Noise as given is given higher; where it is learnt from rows that experts have come to fit, its prior is."""
     args, learnt = trainer.args, trainer.em.noise
     if learnt is not None:
-        flipped, kept = (count - 1.0 for count in args.label_noise_prior)
-        stronger = [1.0 + 4.0 * max(flipped, 0.5), 1.0 + 4.0 * max(kept, 2.0)]
+        stronger = stronger_prior(args.label_noise_prior)
         return (
             f"label_noise is learnt (now {learnt.population:.2g} on training rows, which the experts fit): train fewer "
             f"epochs, or give label_noise_prior more weight, such as [{stronger[0]:g}, {stronger[1]:g}]"
