@@ -136,6 +136,27 @@ def test_what_a_policy_knows_of_a_judge_is_used_and_can_be_forgotten(make_traine
     assert len(policy.users.noise) == USERS + 1 and 0 < policy.users.noise[-1] < 0.5
 
 
+def test_a_new_judge_of_experts_who_blend_gets_a_rate_too(make_trainer: Make, noisy: Rows) -> None:
+    """q(z) is fitted with the rate: whoever answers both ways is at random, whoever agrees with all experts is not."""
+    trainer = make_trainer(data=noisy, label_noise_update="per_annotator", init="random", latent="membership", beta=2.0)
+    trainer.start_em()
+    with torch.no_grad():
+        for parameter in trainer.mixture.experts.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3)
+    policy = trainer.policy
+    pairs = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in noisy[:30]]
+    both = [row for pair in pairs for row in (pair, pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]})]
+    margins = np.array([score["rewards/margins"] for score in policy.score(both)])
+    assert np.abs(margins).mean() > 0.5
+    agreed = [row for row, margin in zip(both, margins, strict=True) if (margin > 0).all()]
+    policy.adapt("random", both * 3)
+    policy.adapt("careful", agreed * 3)
+    random, careful = policy.users.rate("random"), policy.users.rate("careful")
+    assert random is not None and careful is not None
+    assert random > 0.4 and careful < 0.1
+
+
 class Interrupt(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 8:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -98,6 +99,27 @@ def test_training_is_the_same_and_runs_no_expert(
     assert torch.allclose(*weights, atol=2e-5)
     policies = [MixturePolicy.from_pretrained(trainer.run_dir, device="cpu") for trainer in (once, each_step)]
     assert torch.allclose(*(policy.users.log_lik for policy in policies), atol=1e-4)
+
+
+def test_processes_share_the_reading(make_gate_run: Make) -> None:
+    """Each reads its part of the texts; the sum over processes is what one process reads."""
+    trainer = make_gate_run("second", "hidden heads")
+    parts = []
+    for index in range(2):
+        process = SimpleNamespace(
+            process_index=index,
+            num_processes=2,
+            device=torch.device("cpu"),
+            state=SimpleNamespace(deepspeed_plugin=None),
+            reduce=lambda found, reduction: found,
+        )
+        share = readings.Readings(trainer.mixture.experts, trainer.train_comparisons, trainer.args, cast(Any, process))
+        assert share.known is not None and trainer.readings.known is not None
+        parts.append(share.known)
+    assert all((part.log_probs == 0).any() for part in parts)
+    for name in ("log_probs", "ref_log_probs"):
+        whole = getattr(trainer.readings.known, name)
+        assert torch.allclose(sum(getattr(part, name) for part in parts), whole, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"token_dropout": 0.5}, {"train_experts": True}])

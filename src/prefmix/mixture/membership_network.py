@@ -121,7 +121,8 @@ class MembershipNetwork(nn.Module):
 
         It is the gradient of the user's bound in log p_ik (`mixture`).
         """
-        z = sample_z(q, standard_draws(PREDICTIVE_DRAWS, self.dim).to(q.mean).unsqueeze(1))
+        noise = standard_draws(PREDICTIVE_DRAWS, self.dim).to(q.mean)
+        z = sample_z(q, noise.unsqueeze(1)).expand(-1, len(log_lik), -1)
         log_weights = membership_log_weights(gate_log_weights.double().cpu(), self.loading.double().cpu(), z)
         return torch.softmax(log_weights + log_lik.double().cpu(), dim=-1).mean(dim=0)
 
