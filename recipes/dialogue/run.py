@@ -135,6 +135,7 @@ def _train(args: argparse.Namespace, arm: Arm, splits: Splits, base: BaseModel) 
         "num_train_epochs": args.epochs,
         "per_device_train_batch_size": args.batch_size,
         "beta": args.beta,
+        "sft_weight": args.sft_weight,
     }
     return train_arm(arm, splits, base, options, seed=args.seed, output_dir=args.work_dir / "runs", keep=True)
 
@@ -168,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--beta", type=float, default=0.1)
+    parser.add_argument("--sft-weight", type=float, default=0.5, help="of a supervised term on preferred answers")
     parser.add_argument("--chats", type=int, default=5, help="dialogues that are held with each of two people")
     parser.add_argument("--max-new-tokens", type=int, default=60)
     parser.add_argument("--work-dir", type=Path, default=Path("dialogue"))
