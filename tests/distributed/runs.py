@@ -88,7 +88,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     },
     "fsdp branches": {
         "latent": "user", "init": "random", "init_hold_epochs": 0.5, "save_steps": 2, "cache_states": "off",
-        "branch_depth": 1, "trunk": "lora", "sharding": "fsdp2", "m_step": "top",
+        "branch_depth": 1, "trunk": "lora", "sharding": "fsdp2", "m_step": "top", "gradient_checkpointing": True,
     },
 }  # fmt: skip
 

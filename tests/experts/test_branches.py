@@ -179,7 +179,7 @@ def test_a_bfloat16_base_keeps_float32_updates_and_the_exact_start(make_tiny_mod
     assert all(p.grad.isfinite().all() for p in experts.branches.parameters())
 
 
-@pytest.mark.parametrize(("depth", "trunk"), [(1, "frozen"), (-1, "frozen"), (1, "full")])
+@pytest.mark.parametrize(("depth", "trunk"), [(1, "frozen"), (-1, "frozen"), (1, "full"), (1, "lora")])
 def test_recomputed_activations_give_the_same_gradients(make_tiny_model, make_texts, depth, trunk):
     texts = pad_texts(make_texts(), range(5))
     grads, runs = [], []
@@ -192,6 +192,33 @@ def test_recomputed_activations_give_the_same_gradients(make_tiny_model, make_te
         block.mlp.register_forward_hook(lambda *_: runs.__setitem__(-1, runs[-1] + 1))
         grads.append(torch.autograd.grad(loss(experts, texts), [p for p in experts.parameters() if p.requires_grad]))
     assert runs[1] == runs[0] + 2  # each of two experts once more
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("prefix_sharing", [False, True])
+@pytest.mark.parametrize(("depth", "trunk"), [(0, "full"), (0, "lora"), (1, "full"), (1, "lora")])
+def test_a_trained_trunk_keeps_its_blocks_inputs_alone(make_tiny_model, make_texts, depth, trunk, prefix_sharing):
+    texts = pad_texts(make_texts(), range(5))
+    grads, kept, runs = [], [], []
+    for recompute in (False, True):
+        experts = moved(
+            BranchedExperts(make_tiny_model(num_hidden_layers=4), 2, depth, head="hidden", rank=2, trunk=trunk)
+        )
+        experts.prefix_sharing = prefix_sharing
+        if recompute:
+            experts.activation_checkpointing_enable()
+        runs.append(0)
+        experts.trunk.model.model.layers[0].mlp.register_forward_pre_hook(
+            lambda *_: runs.__setitem__(-1, runs[-1] + torch.is_grad_enabled())
+        )
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            found = loss(experts, texts)
+        grads.append(torch.autograd.grad(found, [p for p in experts.parameters() if p.requires_grad]))
+        kept.append(sum(sizes))
+        assert not any(module.training for module in experts.trunk.model.modules())
+    assert runs == [1, 2]  # the trunk's block once more
+    assert kept[1] < 0.75 * kept[0]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 

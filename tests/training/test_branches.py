@@ -139,7 +139,7 @@ CHOICES: list[dict[str, Any]] = [
     {"branch_depth": -1, "head": "hidden", "gradient_checkpointing": True},
     {"branch_depth": 1, "trunk": "lora", "token_dropout": 0.3},
     {"branch_depth": 1, "trunk": "full", "trunk_learning_rate": 1e-3},
-    {"branch_depth": 0, "trunk": "full", "gate": ["prompt"], "latent": "pair"},
+    {"branch_depth": 0, "trunk": "full", "gate": ["prompt"], "latent": "pair", "gradient_checkpointing": True},
 ]
 
 

@@ -26,9 +26,9 @@ purely global; temperatures with `estep: exact`; `head: none` at `branch_depth: 
 a trained `trunk` with `branch_depth: -1`; `cache_states: disk` or `memory` where experts read more than the trunk's
 last states (branches, a trained trunk, whole models); `bf16` with `trunk: full`; `fp16`; options of whole models
 (`expert_models`, `reference`, `expert_devices`) without `expert_kind: independent`, and those of heads and branches
-with it; `gradient_checkpointing` for heads; `init: experts` and `train_experts: false` without experts that come
-trained (`init_experts`); a `likelihood` other than `mbt` with anything of EM; `ties`, `label_noise`, `label_smoothing`
-and `token_dropout` with a `loss_type` that does not go with them.
+with it; `gradient_checkpointing` with nothing below the heads that trains; `init: experts` and `train_experts: false`
+without experts that come trained (`init_experts`); a `likelihood` other than `mbt` with anything of EM; `ties`,
+`label_noise`, `label_smoothing` and `token_dropout` with a `loss_type` that does not go with them.
 """
 
 

@@ -282,8 +282,12 @@ class BranchedExperts(AbstractSharedBaseExperts):
                 parameter.register_hook(partial(without_rows, rows=list(experts)))
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
-        """Holds the activations of one expert at a time: each branch is run again when the backward reaches it."""
+        """Holds the activations of one expert, and of one block of a trained trunk, at a time.
+
+        Each branch, and each block of a trained trunk, is run again when the backward reaches it.
+        """
         self._recomputes = True
+        self.trunk.recompute()
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """The trained trunk."""

@@ -8,28 +8,57 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefmix.experts.blocks import TopBlocks, find_blocks, linear_layers
+from prefmix.experts.flat_attention import recompute_contexts
 from prefmix.experts.lora import LoraBank
 
 
 class AbstractTrunk(nn.Module, ABC):
-    """The model below the branch point as the experts see it."""
+    """The model below the branch point as the experts see it.
+
+    Attributes:
+        trains: whether anything in it does.
+    """
 
     trains: bool
+    _recomputes = False
 
     @property
     @abstractmethod
     def model(self) -> PreTrainedModel:
         """The model to run, inside `applied`."""
 
-    def applied(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def applied(self) -> Iterator[None]:
         """Within this block `model` is the trunk of the experts."""
+        blocks = find_blocks(self.model) if self._recomputes and torch.is_grad_enabled() else ()
+        for block in blocks:
+            block.training = True  # its own flag: transformers' blocks recompute in training, and layers keep theirs
+        try:
+            with self._updated():
+                yield
+        finally:
+            for block in blocks:
+                block.training = False
+
+    def recompute(self) -> None:
+        """From now on keeps what goes into each block, and runs the block again when the backward reaches it."""
+        if self.trains:
+            self._recomputes = True
+            self.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": self._contexts})
+
+    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """A block that runs again sees the update and the row of texts that it saw at first."""
+        return nullcontext(), _both(self._updated(), recompute_contexts()[1])
+
+    def _updated(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def state(self) -> dict[str, Tensor]:
@@ -93,7 +122,7 @@ class LoraTrunk(AbstractTrunk):
     def model(self) -> PreTrainedModel:
         return self._model[0]
 
-    def applied(self) -> AbstractContextManager[None]:
+    def _updated(self) -> AbstractContextManager[None]:
         return self.update.applied(self.update.unbind()[0])
 
     def state(self) -> dict[str, Tensor]:
@@ -141,6 +170,12 @@ TRUNKS: dict[str, type[FrozenTrunk] | type[LoraTrunk] | type[FullTrunk]] = {
     "lora": LoraTrunk,
     "full": FullTrunk,
 }
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[None], inner: AbstractContextManager[None]) -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 def _blocks_below(base_model: PreTrainedModel, depth: int) -> tuple[nn.Module, ...]:

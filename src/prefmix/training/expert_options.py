@@ -123,10 +123,10 @@ def _shared_base_problems(values: Mapping[str, Any]) -> list[str]:
         for name, default in (("expert_models", []), ("expert_devices", []), ("reference", "per_expert"))
         if (list(values[name]) if isinstance(default, list) else values[name]) != default
     ]
-    if values.get("gradient_checkpointing") and values["branch_depth"] == 0:
+    if values.get("gradient_checkpointing") and values["branch_depth"] == 0 and values["trunk"] == "frozen":
         problems.append(
-            "gradient_checkpointing=true: only whole models (expert_kind='independent') and LoRA branches "
-            "(branch_depth) recompute activations; leave it off"
+            "gradient_checkpointing=true: heads on a frozen trunk keep no activations; whole models "
+            "(expert_kind='independent'), LoRA branches (branch_depth) and a trained trunk do; leave it off"
         )
     return problems
 

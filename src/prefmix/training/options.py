@@ -175,7 +175,7 @@ class RunOptions:
     gradient_checkpointing: bool = _field(
         False,
         "TRL: true. A frozen trunk keeps no activations; for whole models true saves memory and costs a third; with "
-        "branches it keeps one expert's at a time.",
+        "branches it keeps one expert's at a time, with a trained trunk one block's.",
     )
     bf16: bool | None = _field(
         None, "Trunk in bfloat16. TRL: always; here null means on a GPU only, because float32 on a CPU is exact."
