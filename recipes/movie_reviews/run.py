@@ -264,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     args = _parser().parse_args(arguments)
     name = "stories15M" if args.quick and args.model is None else args.model or "smollm2"
     args.model = name if name != "stories15M" else str(Path(os.environ.get("PREFMIX_DATA", ".")) / "lm" / name)
-    sizes = SIZES.get(Path(name).name, SIZES["stories15M"])
+    sizes = SIZES.get(Path(name).name, SIZES["smollm2"])
     for field, value in sizes.items():
         if getattr(args, field) is None:
             setattr(args, field, value)
