@@ -125,7 +125,7 @@ def test_the_names_are_those_of_the_trainers_log() -> None:
     from prefmix.training.metrics_log import Sums, summarize
 
     one = torch.ones(())
-    logged = summarize(Sums(one, -one, -one, one, one, torch.ones(6), torch.ones(2) / 2, torch.ones(4, 2)))
+    logged = summarize(Sums(one, -one, -one, one, one, one, torch.ones(6), torch.ones(2) / 2, torch.ones(4, 2)))
     names = {"mixture/elbo", "mixture/evidence", "mixture/responsibility_entropy", "mixture/gate_entropy"}
     assert names | {"mixture/usage_0", "mixture/usage_1", "mixture/rewards/margins_1"} <= logged.keys()
     log = [{"step": 1, **logged}, {"step": 2, **logged}]
