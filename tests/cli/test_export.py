@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from prefmix.cli.main import main
 from prefmix.experts.base_model import load_base
@@ -48,6 +51,27 @@ def test_a_folder_is_written_once(
     assert capsys.readouterr().out.strip() == str(tmp_path / "out")
     assert main(command) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_over_a_copied_base_what_is_printed_runs_as_printed(
+    tmp_path: Path,
+    make_tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = MixtureModel(SharedBaseExperts(make_tiny_model(), 2, rank=2), Gate(2, ("global",)))
+    config = PolicyConfig((0.1, 0.1), "user", "<model>", "0" * 64)
+    MixturePolicy(model, tiny_tokenizer, config).save_pretrained(tmp_path / "out" / "policy")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["export", "../out", "--format", "peft", "--expert", "0", "--output", "ad"]) == 0
+    printed = [line for line in capsys.readouterr().err.splitlines() if "PeftModel" in line][-1]
+    assert '"../out/policy/base"' in printed
+    loaded = eval(printed, {"PeftModel": PeftModel, "AutoModelForCausalLM": AutoModelForCausalLM})
+    assert any("lora" in name for name, _ in loaded.named_parameters())
+    named = json.loads(Path("ad/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(tmp_path / "out" / "policy" / "base") and Path(named).is_dir()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,8 @@ def test_a_folder_for_servers_holds_the_mixture(make_policy: Callable[..., Mixtu
         mixed.append(log_probs_of(model, policy) + torch.tensor(expert["weight"]).log())
     assert torch.allclose(torch.logsumexp(torch.stack(mixed), 0), policy.log_prob(PROMPT, RESPONSES), atol=1e-4)
     guide = (tmp_path / "served" / "README.md").read_text()
+    named = json.loads((tmp_path / "served" / "expert_0" / "adapter_config.json").read_text())
+    assert named["base_model_name_or_path"] == str(tmp_path / "served" / "base")
     assert "vllm serve base" in guide and "`lm_head`" in guide and "--max-lora-rank 8" in guide
 
 
@@ -107,6 +110,22 @@ def test_of_a_product_the_weighted_sum_of_output_adapters_is_the_product(
     model.add_weighted_adapter(list(names), list(weights), "blend", combination_type="cat")
     model.set_adapter("blend")
     assert torch.allclose(log_probs_of(model, policy), policy.log_prob(PROMPT, RESPONSES), atol=1e-4)
+
+
+@pytest.mark.parametrize("likelihood", ["mbt", "log_linear"])
+def test_the_python_of_the_guide_runs_as_printed(
+    make_policy: Callable[..., MixturePolicy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, likelihood: str
+) -> None:
+    policy = make_policy()
+    policy.config = replace(policy.config, feedback={"likelihood": likelihood})
+    export_servers(policy, tmp_path / "served")
+    monkeypatch.chdir(tmp_path / "served")
+    blocks = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, found := {})
+        if "PeftModel" in found and "names" not in found:
+            assert torch.allclose(log_probs_of(found["model"], policy), ours(policy, 0), atol=1e-4)
 
 
 def test_users_are_left_out_unless_asked_for(make_policy: Callable[..., MixturePolicy], tmp_path: Path) -> None:

@@ -52,9 +52,9 @@ def run(args: argparse.Namespace) -> None:
             dtype = getattr(torch, args.dtype) if args.dtype else None
             export_merged(policy, args.expert, args.output, dtype=dtype)
     print(args.output)
-    from prefmix.experts.smollm2 import loadable_source
+    from prefmix.policy.export import base_place
 
-    note(NEXT[args.format].format(args.output, loadable_source(policy.config.base_source)))
+    note(NEXT[args.format].format(args.output, args.base or base_place(policy)))
 
 
 def _check(args: argparse.Namespace) -> None:

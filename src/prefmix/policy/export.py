@@ -6,6 +6,7 @@ Nothing is overwritten: an export goes to a folder that does not exist yet, and 
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,10 +21,12 @@ from prefmix.experts.independent import IndependentExperts
 from prefmix.experts.interface import AbstractExperts
 from prefmix.experts.low_rank_states import pairs
 from prefmix.experts.quantization import quantization_of
+from prefmix.experts.smollm2 import loadable_source
 from prefmix.policy.adapters import write_adapter
 from prefmix.policy.expert_files import can_be_found_again
 from prefmix.policy.folder import fresh_folder
 from prefmix.policy.mixture_policy import MixturePolicy
+from prefmix.policy.serialization import BASE_COPY
 
 # What the tensors of an expert's own output head are called; a LoRA's end in lora_A.weight and lora_B.weight.
 _HEAD = ("down", "up", "weight")
@@ -42,7 +45,7 @@ def export_adapter(policy: MixturePolicy, expert: int, folder: str | Path) -> No
     """
     check_expert(policy, expert)
     with fresh_folder(Path(folder)) as place:
-        put_adapter(policy, expert, place, _base_name(policy))
+        put_adapter(policy, expert, place, absolute_place(base_place(policy)))
         policy.tokenizer.save_pretrained(str(place))
 
 
@@ -146,7 +149,18 @@ def untie(model: PreTrainedModel) -> None:
     cast(Any, model).all_tied_weights_keys = {}
 
 
-def _base_name(policy: MixturePolicy) -> str:
-    """What `adapter_config.json` names as the base; a copy within the policy folder has no name for others."""
-    source = policy.config.base_source
-    return source if can_be_found_again(source) else ""
+def base_place(policy: MixturePolicy) -> str:
+    """What `from_pretrained` takes for the base, from here: a hub name, a folder, or the copy in the policy's folder.
+
+    "" where the policy, never saved, is the only one that holds the base.
+    """
+    source = loadable_source(policy.config.base_source)
+    if can_be_found_again(source):
+        return source
+    copied = None if policy.path is None else policy.path / BASE_COPY
+    return str(copied) if copied is not None and copied.is_dir() else ""
+
+
+def absolute_place(place: str) -> str:
+    """The same for a reader in any folder: folders in full, names on the hub as they are."""
+    return os.path.abspath(place) if place and Path(place).exists() else place

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from prefmix.experts.smollm2 import loadable_source
 from prefmix.policy.config import PolicyConfig
 from prefmix.policy.expert_files import can_be_found_again
-from prefmix.policy.export import put_adapter
+from prefmix.policy.export import absolute_place, put_adapter
 from prefmix.policy.folder import fresh_folder
 from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.policy.server_guide import server_guide
@@ -22,7 +24,7 @@ def export_servers(policy: MixturePolicy, folder: str | Path, *, users: bool = F
 
     Whoever draws expert k with its weight and then asks the server for one response of adapter k samples the mixture
     exactly; for a log-linear policy the guide says what its product is instead. A base that nobody else could find is
-    copied to `base/`.
+    copied to `base/`, which the adapters name in full, and `mixture.json` and the guide as seen from the folder.
 
     Args:
         policy: experts that are low-rank updates of one base.
@@ -33,14 +35,14 @@ def export_servers(policy: MixturePolicy, folder: str | Path, *, users: bool = F
         ValueError: experts without adapters (whole models, full heads), or the folder exists.
     """
     with fresh_folder(Path(folder)) as place:
-        base = policy.config.base_source
+        base = named = absolute_place(loadable_source(policy.config.base_source))
         if not can_be_found_again(base):
-            base = "base"
+            base, named = "base", os.path.join(os.path.abspath(folder), "base")
             policy.model.experts.base_model.save_pretrained(str(place / "base"))
             policy.tokenizer.save_pretrained(str(place / "base"))
         for expert in range(policy.config.num_experts):
             (place / f"expert_{expert}").mkdir()
-            put_adapter(policy, expert, place / f"expert_{expert}", base)
+            put_adapter(policy, expert, place / f"expert_{expert}", named)
         adapter = json.loads((place / "expert_0" / "adapter_config.json").read_text(encoding="utf-8"))
         description = _description(policy, base, adapter, users)
         text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"

@@ -10,7 +10,8 @@ _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 TEMPLATE = """# A {kind} of {count} experts for a multi-LoRA server
 
-`mixture.json` names the adapters and their weights; `expert_0/` ... are PEFT LoRA adapters over `{base}`.
+`mixture.json` names the adapters and their weights; `expert_0/` ... are PEFT LoRA adapters over `{base}`. The
+commands below run in this folder.
 
 - target modules: {modules}
 - rank: {rank}
@@ -21,7 +22,14 @@ TEMPLATE = """# A {kind} of {count} experts for a multi-LoRA server
 ## Which servers
 
 {lm_head_note}
-`PeftModel.from_pretrained(base, "expert_0")` loads every adapter here (tested by prefmix).
+PEFT loads every adapter here (tested by prefmix):
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "expert_0")
+```
 
 vLLM:
 
@@ -68,10 +76,12 @@ weighted sum, IS the product, and any server that loads `lm_head` adapters serve
 ```python
 import json
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 mixture = json.load(open("mixture.json"))
 names = [expert["name"] for expert in mixture["experts"]]
 weights = [expert["weight"] for expert in mixture["experts"]]  # or mixture["users"][name]
+base = AutoModelForCausalLM.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, names[0], adapter_name=names[0])
 for name in names[1:]:
     model.load_adapter(name, adapter_name=name)
@@ -107,9 +117,10 @@ def server_guide(description: Mapping[str, Any]) -> str:
     words = sorted({module.split(".")[-1] for module in modules})
     rank = description["rank"]
     product, heads = description["combine"] == "log_linear", words == ["lm_head"]
+    blending = _BLEND_HEADS.format(base=description["base_model"]) if heads else _BLEND_BLOCKS
     return TEMPLATE.format(
         kind="product" if product else "mixture",
-        sampling=_PRODUCT.format(blending=_BLEND_HEADS if heads else _BLEND_BLOCKS) if product else _MIXTURE,
+        sampling=_PRODUCT.format(blending=blending) if product else _MIXTURE,
         count=len(experts),
         base=description["base_model"],
         modules=", ".join(f"`{word}`" for word in words),
