@@ -126,6 +126,18 @@ def test_validate_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert (report["rows"], report["kept"], report["users"]) == (2, 1, 1)
 
 
+def test_validate_points_at_a_column_that_looks_like_who_judged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = str(_rows(tmp_path, [{"prompt": "a", "chosen": "b", "rejected": "c", "annotator_id": 7}]))
+    said = "column 'annotator_id' (1 values) looks like who judged; rename it to 'user'"
+    assert main(["validate", data]) == 0
+    text = capsys.readouterr()
+    assert said in text.out and text.err == ""
+    assert main(["validate", data, "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["unread_users"].startswith(said)
+
+
 def test_init_writes_a_recipe_that_loads_and_never_overwrites(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

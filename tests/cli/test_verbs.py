@@ -83,6 +83,15 @@ def test_dry_run_prints_the_plan_and_writes_nothing(place: Path, capsys: pytest.
     assert not (place / "other").exists()
 
 
+def test_dry_run_points_at_a_column_that_looks_like_who_judged(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{("annotator_id" if name == "user" else name): row[name] for name in row} for row in _rows(8, 4)]
+    words = ["train", str(place / "recipe.yaml"), "--dry_run", "--output_dir", str(tmp_path / "o"), "--format", "json"]
+    assert main([*words, "--train_data", str(_write(tmp_path / "rows.jsonl", rows))]) == 0
+    assert "column 'annotator_id' (8 values)" in json.loads(capsys.readouterr().out)["note"]
+
+
 def test_dry_run_names_a_broken_model(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         "train",

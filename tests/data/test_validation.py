@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from prefmix.data.validation import validate
 
 A, B, C = " blue", " green", " red"
@@ -48,6 +50,7 @@ def test_the_report_counts_what_is_there():
         "weight_max": 2.0,
         "metadata_fields": {"user_age": 3, "device": 1},
         "extra_columns": ["note"],
+        "unread_users": None,
     }
 
 
@@ -60,3 +63,18 @@ def test_conversations_implicit_prompts_and_token_ids_are_told_apart():
     report = validate([{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}])
     assert (report.form, report.implicit_prompt, report.texts, report.users) == ("tokenized", False, 2, 0)
     assert report.rows_per_user_median == 0
+
+
+@pytest.mark.parametrize("column", ["annotator_id", "Worker-ID", "users", "usr", "uesr", "User"])
+def test_a_column_that_looks_like_who_judged_is_named_and_not_read(column: str):
+    report = validate([row(A, B, **{column: name, "note": 1}) for name in ("anna", "bob", "anna", None)])
+    assert report.unread_users == (
+        f"column {column!r} (2 values) looks like who judged; rename it to 'user' (datasets: "
+        f"data.rename_column({column!r}, 'user')), or users cannot be told apart"
+    )
+    assert report.users == 0 and column in report.extra_columns
+
+
+@pytest.mark.parametrize("more", [{"user": "anna", "annotator_id": "x"}, {"source": "web"}, {"annotator_id": None}])
+def test_nothing_is_said_where_users_are_named_or_nothing_looks_like_them(more: dict[str, object]):
+    assert validate([row(A, B, **more)]).unread_users is None

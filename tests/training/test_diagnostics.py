@@ -10,7 +10,12 @@ import pytest
 import torch
 
 from prefmix.training.config import MixtureConfig
-from prefmix.training.diagnostics import report_identifiability, warn_of_collapse, warn_of_overconfidence
+from prefmix.training.diagnostics import (
+    report_identifiability,
+    warn_of_collapse,
+    warn_of_overconfidence,
+    warn_of_overfitting,
+)
 from prefmix.training.trainer import MixtureTrainer
 
 Make = Callable[..., MixtureTrainer]
@@ -27,6 +32,16 @@ def test_opposed_groups_without_ids_are_called_unidentifiable_and_with_ids_are_n
     with caplog.at_level(logging.WARNING, logger="prefmix"):
         finding = report_identifiability(make_trainer(data=anonymous))
     assert finding is not None and not finding.identified and "not identifiable" in caplog.text
+
+
+def test_a_column_that_looks_like_who_judged_is_one_warning(
+    make_trainer: Make, make_rows: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{("annotator_id" if name == "user" else name): row[name] for name in row} for row in make_rows(4, 2)]
+    with caplog.at_level(logging.WARNING, logger="prefmix"):
+        trainer = make_trainer(data=rows, eval_data=rows)
+    assert len(trainer.train_comparisons.table.users) == 0, "nothing is renamed by itself"
+    assert caplog.text.count("column 'annotator_id' (4 values) looks like who judged") == 1
 
 
 def test_one_expert_has_no_groups_to_find(make_trainer: Make) -> None:
@@ -65,6 +80,26 @@ def test_posteriors_that_are_surer_than_people_are_consistent_get_a_remedy_at_th
             make_trainer(eval_data=data, **options).train()
         assert caplog.text.count("label_noise") == said
         assert (remedy in caplog.text) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([0.68, 0.60, 0.605], None),
+        ([0.68, 0.60, 0.66], "ends at 0.660, worse than the 0.600 earlier in the run"),
+        ([0.75, 0.72], "ends at 0.720, worse than the 0.693 of a coin"),
+        ([0.70], None),
+        ([], None),
+    ],
+)
+def test_a_loss_that_rises_again_gets_a_remedy_at_the_end(
+    make_trainer: Make, caplog: pytest.LogCaptureFixture, losses: list[float], said: str | None
+) -> None:
+    trainer = make_trainer()
+    trainer.state.log_history = [{"eval_loss": loss, "eval_population_loss": loss} for loss in losses]
+    with caplog.at_level(logging.WARNING, logger="prefmix"):
+        warn_of_overfitting(trainer)
+    assert (said is None and caplog.text == "") or (said is not None and said in caplog.text)
 
 
 def test_where_noise_is_learnt_the_remedy_is_its_prior(make_trainer: Make, caplog: pytest.LogCaptureFixture) -> None:

@@ -51,7 +51,7 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
     _check_output(Path(values["output_dir"]), values)
     plan["output_dir"] = values["output_dir"]
     plan["latent"] = _latent(values, train)
-    if (warning := identity_warning(train)) is not None and values.get("num_experts") != 1:
+    if (warning := identity_warning(train)) is not None and (train.unread_users or values.get("num_experts") != 1):
         plan["note"] = warning
     plan |= {name: values.get(name, all_fields()[name].default) for name in _SHOWN}
     if plan["learning_rate"] is None:
@@ -91,6 +91,8 @@ def identity_warning(report: ValidationReport) -> str | None:
     """What to say where no user repeats, so that only the prompt or metadata could tell groups apart."""
     if report.users > report.users_with_one_row:
         return None
+    if report.unread_users is not None:
+        return report.unread_users
     return (
         "no user has two rows: groups of people who disagree cannot be told apart from these rows alone. Add a `user` "
         "column, or expect experts by prompt or metadata only (the run says before training what it finds)"

@@ -12,14 +12,8 @@ from typing import Any, NamedTuple
 
 from prefmix.data.errors import DataError, RowError
 from prefmix.data.readers import RowSource, Source, read_readable
-from prefmix.data.responses import TOKEN_COLUMNS
 from prefmix.data.schema import CheckedRows, PreferenceRow, check_rows
-
-KNOWN_COLUMNS = (
-    *("prompt", "chosen", "rejected", "user", "group", "weight", "metadata", "tie", "tools", "chat_template_kwargs"),
-    *("label", "ranking"),
-    *TOKEN_COLUMNS,
-)
+from prefmix.data.unread_users import unread_columns, unread_users
 
 
 @dataclass(frozen=True)
@@ -48,6 +42,7 @@ class ValidationReport:
         weight_max: largest row weight.
         metadata_fields: field -> rows that have it.
         extra_columns: columns that training does not read.
+        unread_users: what to do about one of them that looks like who judged, where no row names a user.
     """
 
     source: str
@@ -71,6 +66,7 @@ class ValidationReport:
     weight_max: float
     metadata_fields: Mapping[str, int]
     extra_columns: Sequence[str]
+    unread_users: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, one entry for each attribute."""
@@ -124,7 +120,7 @@ def validate(source: Source, split: str | None = None) -> ValidationReport:
     found, checked = read_checked(source, split)
     per_user = Counter(row.attributes.user for row in checked.rows if row.attributes.user is not None)
     weights = [row.attributes.weight for row in checked.rows]
-    columns = dict.fromkeys(column for row in found.rows for column in row)
+    extra = unread_columns(found.rows)
     return ValidationReport(
         source=found.name,
         rows=len(found.rows),
@@ -142,7 +138,8 @@ def validate(source: Source, split: str | None = None) -> ValidationReport:
         weight_min=min(weights),
         weight_max=max(weights),
         metadata_fields=dict(Counter(key for row in checked.rows for key in row.attributes.metadata)),
-        extra_columns=[column for column in columns if column not in KNOWN_COLUMNS],
+        extra_columns=extra,
+        unread_users=unread_users(found.rows, extra),
     )
 
 

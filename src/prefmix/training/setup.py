@@ -20,6 +20,7 @@ from prefmix.data.collator import ComparisonCollator
 from prefmix.data.comparisons import ComparisonTable
 from prefmix.data.readers import read_source
 from prefmix.data.tokenization import tokenize_rows
+from prefmix.data.unread_users import unread_columns, unread_users
 from prefmix.data.users import MetadataEncoder
 from prefmix.experts.base_model import BaseModel, load_base
 from prefmix.experts.interface import AbstractExperts
@@ -134,6 +135,8 @@ def as_table(
     check_feedback(table, args.feedback_model)
     if table.dropped:
         logger.info("%s: left out %s", rows.name, ", ".join(f"{n} rows ({why})" for why, n in table.dropped.items()))
+    if like is None and args.should_log and (warning := unread_users(rows.rows, unread_columns(rows.rows))) is not None:
+        logger.warning("prefmix: %s", warning)
     return table
 
 
