@@ -80,6 +80,11 @@ def test_prompts_that_nobody_shares() -> None:
     assert prompt_overlap(sound._replace(prompt=apart)).level == "fine"
 
 
+def test_without_users_nothing_is_claimed_about_what_they_were_asked() -> None:
+    found = prompt_overlap(columns()._replace(user=np.full(300, -1)))
+    assert found.level == "note" and "no row names a user" in found.what and "%" not in found.what
+
+
 def test_people_who_agree_and_pairs_nobody_shares() -> None:
     assert both_directions(columns(likes=lambda rng, user, pair: np.full(len(user), 1.0))).level == "warning"
     assert both_directions(columns(likes=groups(0.5))).level == "fine"
@@ -171,6 +176,14 @@ def test_users_who_differ_about_length(high: float, level: str) -> None:
     found = length_tastes(_by_length(columns(60, 15), share))
     assert found.level == level
     assert found.how_much["spread_of_users"] == pytest.approx(high - 0.5, abs=0.12)
+
+
+def test_equal_lengths_are_why_tastes_for_length_cannot_be_seen() -> None:
+    many = columns(20, 20)
+    found = length_tastes(many._replace(length=np.full(40, 7)))
+    assert found.what.startswith("only 0 users have two rows or more whose texts differ in length (0% of all rows")
+    few = length_tastes(columns(4, 10)._replace(length=np.arange(40)))
+    assert few.what.startswith("only 4 users have two rows") and "(100% of all rows" in few.what
 
 
 def test_designs_that_could_not_find_groups() -> None:

@@ -105,8 +105,11 @@ def comparisons_per_user(columns: RowColumns) -> Finding:
 def prompt_overlap(columns: RowColumns) -> Finding:
     """Do different users judge the same prompts?"""
     known = columns.user >= 0
+    if not known.any():
+        what = "no row names a user: who was asked the same cannot be seen"
+        return Finding("prompt overlap", "note", what, {"shared": float("nan")}, "add a `user` column")
     pairs = np.unique(np.stack([columns.user[known], columns.prompt[known]]), axis=1)
-    shared = float((np.bincount(pairs[1])[pairs[1]] >= 2).mean()) if pairs.size else 0.0
+    shared = float((np.bincount(pairs[1])[pairs[1]] >= 2).mean())
     what = f"{shared:.0%} of what a user was asked (prompts) somebody else was asked too"
     if shared < 0.2:
         remedy = "who differs in taste cannot be told from who was asked differently; give some prompts to many users"
@@ -226,7 +229,9 @@ def length_tastes(columns: RowColumns) -> Finding:
     repeated = count >= 2
     count, hits = count[repeated], hits[repeated]
     if len(count) < 5:
-        return Finding("length tastes", "note", "fewer than 5 users with two rows: cannot be seen", {}, "")
+        why = f"only {len(count)} users have two rows or more whose texts differ in length"
+        why += f" ({(longer != 0).mean():.0%} of all rows are such)"
+        return Finding("length tastes", "note", f"{why}: cannot be seen", {}, "")
     share = hits.sum() / count.sum()
     variance = max(share * (1 - share), 1e-9)
     chi = float((count * (hits / count - share) ** 2).sum() / variance)
