@@ -237,7 +237,7 @@ def test_what_cannot_be_is_refused_with_the_configuration(fields: dict[str, Any]
 
 @pytest.mark.parametrize(
     "fields, rate",
-    [({}, 2e-3), ({"branch_depth": 2}, 2e-4), ({"expert_kind": "independent"}, 1e-6), ({"learning_rate": 0.5}, 0.5)],
+    [({}, 1e-3), ({"branch_depth": 2}, 2e-4), ({"expert_kind": "independent"}, 1e-6), ({"learning_rate": 0.5}, 0.5)],
 )
 def test_the_learning_rate_suits_the_kind(fields: dict[str, Any], rate: float, tmp_path: Path) -> None:
     assert MixtureConfig(str(tmp_path), **fields).learning_rate == rate

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from prefmix.training.checkpoint import write_atomically
-from prefmix.training.diagnostics import warn_of_collapse, warn_of_overconfidence
+from prefmix.training.diagnostics import warn_of_collapse, warn_of_overconfidence, warn_of_overfitting
 from prefmix.training.persistence import METRICS
 from prefmix.training.record import Clock
 
@@ -45,7 +45,8 @@ class EMCallback(TrainerCallback):
         warn_of_collapse(self._trainer)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Says what would help where users' posteriors are too sure."""
+        """Says what would help where experts learnt by heart, or users' posteriors are too sure."""
+        warn_of_overfitting(self._trainer)
         warn_of_overconfidence(self._trainer)
 
 

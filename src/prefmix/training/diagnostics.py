@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 PROMPT_DIRECTIONS = 16
 # Nats by which personalisation may lose before it is worth a line: less is the noise of a small held-out set.
 LOSS_MARGIN = 0.01
+COIN = math.log(2)  # nats of a coin
 
 
 def report_choices(trainer: MixtureTrainer) -> None:
@@ -85,6 +87,28 @@ def warn_of_collapse(trainer: MixtureTrainer) -> None:
     margins = margins_of_log_lik(trainer.em.evidence.table.cpu())
     for warning in find_collapse(usage, margins[trainer.em.evidence.visited.cpu()]):
         logger.warning("prefmix: %s", warning.message)
+
+
+def warn_of_overfitting(trainer: MixtureTrainer) -> None:
+    """Warns where the last held-out loss is worse than a coin's, or than it was earlier in the run."""
+    curves: dict[str, list[float]] = {}
+    for line in trainer.state.log_history:
+        for name in line:
+            if name.endswith("population_loss"):
+                own = name.replace("population_loss", "loss")
+                curves.setdefault(own, []).append(line[own])
+    for losses in curves.values():
+        last, best = losses[-1], min(losses)
+        if not trainer.args.should_log or last <= min(best, COIN) + LOSS_MARGIN:
+            continue
+        before = f"{best:.3f} earlier in the run" if best < COIN else f"{COIN:.3f} of a coin"
+        logger.warning(
+            "prefmix: held-out log-loss ends at %.3f, worse than the %s: the experts have learnt these texts by heart, "
+            "and may write badly. Train fewer epochs (load_best_model_at_end keeps the best), halve learning_rate (now "
+            "%g), or set token_dropout=0.5 or sft_weight=0.5; `prefmix diagnose ROWS --policy RUN` says more",
+            *(last, before, trainer.args.learning_rate),
+        )
+        return
 
 
 def warn_of_overconfidence(trainer: MixtureTrainer) -> None:

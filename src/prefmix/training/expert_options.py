@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-HEADS_RATE, LORA_RATE, MODELS_RATE = 2e-3, 2e-4, 1e-6
+HEADS_RATE, LORA_RATE, MODELS_RATE = 1e-3, 2e-4, 1e-6
 
 
 @dataclass

@@ -162,7 +162,7 @@ class RunOptions:
 
     learning_rate: float | None = _field(
         None,
-        "Step size of the experts; null: 2e-3 for heads, which start at zero, 2e-4 with LoRA in blocks or a trained "
+        "Step size of the experts; null: 1e-3 for heads, which start at zero, 2e-4 with LoRA in blocks or a trained "
         "trunk, 1e-6 (TRL's) for whole models.",
     )
     per_device_train_batch_size: int = _field(8, "Comparisons (not texts) of one forward pass on one device.")
