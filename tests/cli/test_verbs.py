@@ -6,6 +6,8 @@ import io
 import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,32 @@ def test_evaluate(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "population" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["evaluate", "{policy}", "--data", "{rows}"],
+        ["score", "{policy}", "--data", "{rows}"],
+        ["diagnose", "{rows}", "--policy", "{policy}"],
+        ["report", "{policy}", "--output", "{report}"],
+        ["generate", "{policy}", "--prompt", "x"],
+        ["adapt", "{policy}", "--user", "bob", "--data", "{rows}"],
+        ["export", "{policy}", "--format", "servers", "--output", "{report}"],
+        ["chat", "{policy}"],
+    ],
+    ids=lambda verb: verb[0],
+)
+def test_loading_is_announced_before_torch_is_imported(place: Path, tmp_path: Path, verb: list[str]) -> None:
+    known = {"policy": place / "out", "rows": place / "bob.jsonl", "report": tmp_path / "report"}
+    code = (
+        "import sys\nfrom prefmix.cli import loading, main\n"
+        "def told(text):\n    print(text, 'torch' in sys.modules, file=sys.__stdout__)\n    sys.exit(0)\n"
+        "loading.note = told\nmain.main(sys.argv[1:])\n"
+    )
+    words = [word.format(**known) for word in verb]
+    run = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert run.stdout == f"loading {place / 'out'} ... False\n", run.stderr
+
+
 def test_score_writes_a_line_for_every_row(place: Path, tmp_path: Path) -> None:
     output = tmp_path / "scored.jsonl"
     assert main(["score", str(place / "out"), "--data", str(place / "test.jsonl"), "--output", str(output)]) == 0
@@ -200,6 +228,7 @@ def test_chat_answers_and_obeys(
         "/user u2",
         "/decoder top",
         "/decoder odd",
+        "/foo bar",
         "/reset",
         "/quit",
         "never",
@@ -211,8 +240,10 @@ def test_chat_answers_and_obeys(
     printed = capsys.readouterr().out
     assert "expert 1" in printed
     assert "nobody is unknown; known: u0, u1" in printed
-    assert "/decoder NAME" in printed
-    assert printed.count("u2> ") == 4
+    assert "decoder top from here on" in printed
+    assert "unknown decoder odd; known: sample, mixture" in printed
+    assert "unknown command /foo\n/user NAME" in printed
+    assert printed.count("u2> ") == 5
 
 
 def test_chat_answers_a_pipe_line_by_line_without_decoration(

@@ -213,6 +213,13 @@ def test_report_is_json_and_readable(make_policy: Callable[..., MixturePolicy]) 
     assert json.loads(text)["num_comparisons"] == 18
     table = report.table()
     assert "population (gate only)" in table and "personalised (12 rows of known users)" in table and "ARI" in table
+    assert "worst group" in table
+
+
+def test_the_table_has_no_empty_column_where_rows_name_no_group(make_policy: Callable[..., MixturePolicy]) -> None:
+    rows = [{**row, "group": None} for row in make_rows(["u0", "u1"], 6)]
+    table = evaluate(make_policy(names=("u0", "u1")), rows).table()
+    assert "worst group" not in table and "population (gate only)" in table
 
 
 def test_no_rows_is_an_error(make_policy: Callable[..., MixturePolicy], tiny_tokenizer: Any) -> None:

@@ -89,14 +89,23 @@ class Conversation:
             self.is_open = False
         elif command == "/user":
             self._become(value or None)
-        elif command == "/decoder" and value in DECODERS:
-            self.options["decoder"] = value
+        elif command == "/decoder":
+            self._decode_by(value)
         elif command == "/weights":
             print(weight_lines(self.policy, self.options["user"], self.options["metadata"]))
         elif command == "/reset":
             self.messages.clear()
-        else:
+        elif command == "/help":
             print(HELP)
+        else:
+            print(f"unknown command {command}\n{HELP}")
+
+    def _decode_by(self, decoder: str) -> None:
+        if decoder not in DECODERS:
+            print(f"unknown decoder {decoder or '(none given)'}; known: {', '.join(DECODERS)}")
+            return
+        self.options["decoder"] = decoder
+        print(f"decoder {decoder} from here on")
 
     def _become(self, user: str | None) -> None:
         if user is not None and user not in self.policy.users:

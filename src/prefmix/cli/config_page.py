@@ -24,11 +24,12 @@ They fail when the configuration is read, each with a remedy: a gate term `promp
 [theory](theory.md)); a list of betas whose length is not `num_experts`; `gate_update: fixed` with a gate that is not
 purely global; temperatures with `estep: exact`; `head: none` at `branch_depth: 0` and `head: full` at any other;
 a trained `trunk` with `branch_depth: -1`; `cache_states: disk` or `memory` where experts read more than the trunk's
-last states (branches, a trained trunk, whole models); `bf16` with `trunk: full`; `fp16`; options of whole models
-(`expert_models`, `reference`, `expert_devices`) without `expert_kind: independent`, and those of heads and branches
-with it; `gradient_checkpointing` with nothing below the heads that trains; `init: experts` and `train_experts: false`
-without experts that come trained (`init_experts`); a `likelihood` other than `mbt` with anything of EM; `ties`,
-`label_noise`, `label_smoothing` and `token_dropout` with a `loss_type` that does not go with them.
+last states (branches, a trained trunk, whole models); `bf16` with `trunk: full`; `fp16` where blocks train (branches,
+a trained trunk, whole models) or with `bf16`; options of whole models (`expert_models`, `reference`, `expert_devices`)
+without `expert_kind: independent`, and those of heads and branches with it; `gradient_checkpointing` with nothing
+below the heads that trains; `init: experts` and `train_experts: false` without experts that come trained
+(`init_experts`); a `likelihood` other than `mbt` with anything of EM; `ties`, `label_noise`, `label_smoothing` and
+`token_dropout` with a `loss_type` that does not go with them.
 """
 
 

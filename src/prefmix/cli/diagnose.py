@@ -51,9 +51,9 @@ def _rows(args: argparse.Namespace) -> Diagnosis:
 
 def _policy(args: argparse.Namespace) -> Diagnosis:
     rows = read_checked_rows(args.data, args.split)
+    policy = load_policy(args)  # before the imports: it says what takes so long
     from prefmix.evaluation.cached_states import StateCache
     from prefmix.experiments.diagnose import diagnose_policy
 
-    policy = load_policy(args)
     cache = None if args.no_probe else StateCache("disk", args.cache_dir, progress=sys.stderr.isatty())
     return diagnose_policy(policy, rows, args.policy, cache=cache, probe_dim=args.probe_dim, seed=args.seed)

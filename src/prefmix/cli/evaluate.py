@@ -32,13 +32,12 @@ def run(args: argparse.Namespace) -> None:
     rows = read_checked_rows(args.data, args.split)
     context = read_checked_rows(args.context) if args.context else None
     with stdout_is_for_results():
+        policy = load_policy(args)  # before the imports: it says what takes so long
         from prefmix.evaluation.cached_states import StateCache
         from prefmix.evaluation.evaluator import evaluate
 
         cache = StateCache(args.cache_states, args.cache_dir, progress=sys.stderr.isatty())
-        report = evaluate(
-            load_policy(args), rows, context_rows=context, cache=None if args.cache_states == "off" else cache
-        )
+        report = evaluate(policy, rows, context_rows=context, cache=None if args.cache_states == "off" else cache)
     if args.output:
         Path(args.output).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
         note(f"wrote the report to {args.output}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from prefmix.cli.output import note
 from prefmix.data.validation import read_checked
 from prefmix.policy.config import PolicyConfig
 from prefmix.policy.folder import CONFIG_FILE, find_policy
@@ -36,12 +37,13 @@ def read_policy_config(args: argparse.Namespace) -> PolicyConfig:
 
 
 def load_policy(args: argparse.Namespace) -> MixturePolicy:
-    """The policy of `add_policy`'s arguments.
+    """The policy of `add_policy`'s arguments; a line on stderr says so first, as torch and the model take seconds.
 
     Raises:
         ValueError: the folder holds no policy, a damaged one, or its base model is another one now.
     """
     read_policy_config(args)
+    note(f"loading {args.policy} ...")
     from prefmix.policy.mixture_policy import MixturePolicy
 
     # The name that was given, not `folder`: after a killed save `folder` is a leftover, and `adapt --save` writes back.

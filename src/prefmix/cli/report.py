@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     rows = None if args.data is None else read_checked_rows(args.data, args.split)
     with stdout_is_for_results():
+        policy = load_policy(args)  # before the imports: it says what takes so long
         from prefmix.evaluation.cached_states import StateCache
         from prefmix.experiments.report_page import report_html
         from prefmix.experiments.run_report import ReportOptions, report_run
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
             progress=progress,
         )
         data = report_run(
-            load_policy(args),
+            policy,
             args.policy,
             rows,
             against={name: partial(_load, args, folder) for name, folder in map(_named, args.against)},

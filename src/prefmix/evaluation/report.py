@@ -140,9 +140,12 @@ class EvaluationReport:
             [name, _interval(f.accuracy), f"{f.log_loss.mean:.3f}", f"{f.ece:.3f}", _optional(f.worst_group)]
             for name, f in rows
         ]
+        header = ["", "accuracy [95% over people]", "log-loss", "ECE", "worst group"]
+        if all(figure.worst_group is None for _, figure in rows):
+            header, cells = header[:-1], [row[:-1] for row in cells]
         lines = [
             f"{self.name}: {self.num_comparisons} comparisons of {self.num_users} people over {self.num_texts} texts",
-            plain_table(["", "accuracy [95% over people]", "log-loss", "ECE", "worst group"], cells),
+            plain_table(header, cells),
             "usage " + " ".join(f"{share:.2f}" for share in self.usage),
         ]
         if self.agreement is not None:
