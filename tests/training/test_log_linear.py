@@ -152,7 +152,7 @@ def test_such_a_policy_writes_as_a_product_unless_told_otherwise(
         assert capsys.readouterr().out == product + "\n"
     monkeypatch.setattr("sys.stdin", io.StringIO("Tell me.\n/decoder product\nTell me.\n"))
     assert main(["chat", str(tmp_path / "saved"), *words]) == 0
-    assert capsys.readouterr().out == (product + "\n") * 2
+    assert capsys.readouterr().out.replace("decoder product from here on\n", "") == (product + "\n") * 2
 
 
 def test_a_new_user_is_adapted_as_training_adapts_its_own(make_trainer: Make, rows: Rows, tmp_path: Path) -> None:
