@@ -2,18 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import TrainerCallback
 
 from prefmix.training.config import MixtureConfig
 from prefmix.training.trainer import MixtureTrainer
 
 GOOD = ["great", "loved", "blue", "the film was great", "I loved the film", "sky is blue"]
 BAD = ["bad", "hated", "green", "the film was bad", "I hated the film", "sky is green"]
+
+
+class Interrupt(TrainerCallback):
+    """Stops the process's work at one step, as a signal would, before anything of that step is saved."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def moved(parameters: Iterable[torch.nn.Parameter], scale: float, seed: int = 0) -> None:
+    """Adds Gaussian noise to what trains."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            if parameter.requires_grad:
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def parted(trainer: MixtureTrainer) -> MixtureTrainer:
+    """Experts with different random parameters, so that their margins differ and decide responsibilities."""
+    moved(trainer.mixture.experts.parameters(), 0.1)
+    trainer.start_em()
+    return trainer
+
+
+def ready(trainer: MixtureTrainer, seed: int = 0) -> MixtureTrainer:
+    """Experts, loading and gate at random, evidence of every row up to date, nothing held."""
+    moved(trainer.mixture.parameters(), 0.3, seed)
+    trainer.start_em()
+    trainer.refresh_evidence()
+    trainer.hold_steps = 0
+    trainer.state.max_steps = 10
+    return trainer
 
 
 def opposed_rows(num_users: int = 8, rows_per_user: int = 6, seed: int = 0) -> list[dict[str, Any]]:

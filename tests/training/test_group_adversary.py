@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.training.conftest import Interrupt
 from torch import Tensor
-from transformers import TrainerCallback
 
 from prefmix.policy.model_card import model_card
 from prefmix.training.options import validate_options
@@ -160,19 +160,13 @@ def test_the_worst_group_is_better_off(make_trainer: Make, tmp_path: Path) -> No
     assert worst["group"] < 0.85 and worst["user"] == pytest.approx(worst["group"])
 
 
-class Interrupt(TrainerCallback):
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 6:
-            raise KeyboardInterrupt
-
-
 def test_a_killed_run_resumes_bit_for_bit(make_trainer: Make, unequal: Rows, tmp_path: Path) -> None:
     options = SINGLE | {"num_experts": 2, "latent": "user", "learning_rate": 2e-2, "robust_step": 0.5}
     options |= {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2, "num_train_epochs": 4}
     whole = make_trainer(output_dir=tmp_path / "whole", data=unequal, **options)
     whole.train()
     with pytest.raises(KeyboardInterrupt):
-        make_trainer(output_dir=tmp_path / "killed", data=unequal, callbacks=[Interrupt()], **options).train()
+        make_trainer(output_dir=tmp_path / "killed", data=unequal, callbacks=[Interrupt(6)], **options).train()
     again = make_trainer(output_dir=tmp_path / "killed", data=unequal, **options)
     again.train(resume_from_checkpoint=True)
     for first, second in zip(whole.mixture.parameters(), again.mixture.parameters(), strict=True):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import TrainerCallback
+from tests.training.conftest import Interrupt
 
 from prefmix.evaluation.evaluator import evaluate
 from prefmix.experiments.diagnose import diagnose_policy
@@ -157,18 +157,12 @@ def test_a_new_judge_of_experts_who_blend_gets_a_rate_too(make_trainer: Make, no
     assert random > 0.4 and careful < 0.1
 
 
-class Interrupt(TrainerCallback):
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 8:
-            raise KeyboardInterrupt
-
-
 def test_a_killed_run_resumes_bit_for_bit(make_trainer: Make, tmp_path: Path) -> None:
     options = {"label_noise_update": "per_annotator", "save_strategy": "steps", "save_steps": 5, "learning_rate": 2e-2}
     whole = make_trainer(output_dir=tmp_path / "whole", **options)
     whole.train()
     with pytest.raises(KeyboardInterrupt):
-        make_trainer(output_dir=tmp_path / "killed", callbacks=[Interrupt()], **options).train()
+        make_trainer(output_dir=tmp_path / "killed", callbacks=[Interrupt(8)], **options).train()
     again = make_trainer(output_dir=tmp_path / "killed", **options)
     again.train(resume_from_checkpoint=True)
     for first, second in zip(whole.mixture.parameters(), again.mixture.parameters(), strict=True):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import TrainerCallback
+from tests.training.conftest import Interrupt, ready
 
 from prefmix.cli.main import main
 from prefmix.evaluation.evaluator import evaluate
@@ -25,20 +25,6 @@ Make = Callable[..., MixtureTrainer]
 Rows = list[dict[str, Any]]
 ESTEPS = pytest.mark.parametrize("estep", ["per_user", "encoder"])
 LOG_LINEAR = {"latent": "membership", "combine": "log_linear", "init": "random"}
-
-
-def _ready(trainer: MixtureTrainer) -> MixtureTrainer:
-    """Experts, loading and gate at random, evidence of every row up to date, nothing held."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in trainer.mixture.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    trainer.start_em()
-    trainer.refresh_evidence()
-    trainer.hold_steps = 0
-    trainer.state.max_steps = 10
-    return trainer
 
 
 def _bound(trainer: MixtureTrainer, samples: int) -> torch.Tensor:
@@ -62,7 +48,7 @@ def _bound(trainer: MixtureTrainer, samples: int) -> torch.Tensor:
 def test_losses_of_an_epoch_sum_to_the_bound(make_trainer: Make, rows: Rows, estep: str, label_noise: float) -> None:
     weighted = [row | {"weight": 0.5 + (i % 3)} for i, row in enumerate(rows)]
     options = {"membership_estep": estep} | ({"kl_annealing": 0.0} if estep == "encoder" else {})
-    trainer = _ready(make_trainer(data=weighted, label_noise=label_noise, **LOG_LINEAR, **options))
+    trainer = ready(make_trainer(data=weighted, label_noise=label_noise, **LOG_LINEAR, **options))
     total = 0.0
     for first in range(0, len(rows), 8):
         batch = trainer.data_collator(range(first, first + 8))
@@ -72,7 +58,7 @@ def test_losses_of_an_epoch_sum_to_the_bound(make_trainer: Make, rows: Rows, est
 
 
 def test_the_gradient_reaches_experts_gate_and_loading_and_is_the_bounds(make_trainer: Make, rows: Rows) -> None:
-    trainer = _ready(make_trainer(membership_samples=4, **LOG_LINEAR))
+    trainer = ready(make_trainer(membership_samples=4, **LOG_LINEAR))
     batch = trainer.data_collator(range(len(rows)))
     trainer.model.zero_grad()
     trainer.compute_loss(trainer.model, batch, num_items_in_batch=1).backward()
@@ -87,7 +73,7 @@ def test_the_gradient_reaches_experts_gate_and_loading_and_is_the_bounds(make_tr
 
 def test_an_encoder_gets_the_bounds_gradient(make_trainer: Make, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(membership_step, "FIRST_LESSONS", 5)
-    trainer = _ready(make_trainer(membership_estep="encoder", kl_annealing=0.0, **LOG_LINEAR))
+    trainer = ready(make_trainer(membership_estep="encoder", kl_annealing=0.0, **LOG_LINEAR))
     batch = trainer.data_collator(range(len(rows)))
     trainer.compute_loss(trainer.model, batch, num_items_in_batch=1)
     trainer.model.zero_grad()
@@ -135,7 +121,7 @@ def test_a_run_ends_with_a_policy_that_judges_and_writes_as_a_product(
 def test_such_a_policy_writes_as_a_product_unless_told_otherwise(
     make_trainer: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy = _ready(make_trainer(**LOG_LINEAR)).policy
+    policy = ready(make_trainer(**LOG_LINEAR)).policy
     asked: dict[str, Any] = {"user": "user1", "max_new_tokens": 6, "seed": 3, "temperature": 0.9, "top_p": 0.9}
     product = policy.generate("Tell me.", decoder="product", **asked)
     assert policy.generate("Tell me.", **asked) == product == "".join(policy.generate("Tell me.", stream=True, **asked))
@@ -152,11 +138,11 @@ def test_such_a_policy_writes_as_a_product_unless_told_otherwise(
         assert capsys.readouterr().out == product + "\n"
     monkeypatch.setattr("sys.stdin", io.StringIO("Tell me.\n/decoder product\nTell me.\n"))
     assert main(["chat", str(tmp_path / "saved"), *words]) == 0
-    assert capsys.readouterr().out.replace("decoder product from here on\n", "") == (product + "\n") * 2
+    assert capsys.readouterr().out == (product + "\n") * 2
 
 
 def test_a_new_user_is_adapted_as_training_adapts_its_own(make_trainer: Make, rows: Rows, tmp_path: Path) -> None:
-    trainer = _ready(make_trainer(label_noise=0.1, **LOG_LINEAR))
+    trainer = ready(make_trainer(label_noise=0.1, **LOG_LINEAR))
     policy = trainer.policy
     mine = [row for row in rows if row["user"] == "user3"]
     adapted = policy.adapt("bob", mine)
@@ -174,7 +160,7 @@ def test_a_new_user_is_adapted_as_training_adapts_its_own(make_trainer: Make, ro
 
 
 def test_candidates_are_ordered_by_the_summed_reward(make_trainer: Make, rows: Rows) -> None:
-    policy = _ready(make_trainer(**LOG_LINEAR)).policy
+    policy = ready(make_trainer(**LOG_LINEAR)).policy
     candidates = sorted({row["chosen"] for row in rows})[:4]
     ranked = policy.rank("user1", rows[0]["prompt"], candidates)
     asked = {"prompt": rows[0]["prompt"], "chosen": candidates[0], "user": "user1"}
@@ -183,20 +169,12 @@ def test_candidates_are_ordered_by_the_summed_reward(make_trainer: Make, rows: R
     assert next(r.score for r in ranked if r.position == 0) == pytest.approx(beats, abs=1e-6)
 
 
-class Interrupt(TrainerCallback):
-    """Ends a run as a killed process would."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 8:
-            raise KeyboardInterrupt
-
-
 def test_a_killed_run_resumes_bit_for_bit_and_as_no_mixture(make_trainer: Make, tmp_path: Path) -> None:
     options = LOG_LINEAR | {"save_strategy": "steps", "save_steps": 5, "init_hold_epochs": 0.5}
     whole = make_trainer(output_dir=tmp_path / "whole", **options)
     whole.train()
     with pytest.raises(KeyboardInterrupt):
-        make_trainer(output_dir=tmp_path / "killed", callbacks=[Interrupt()], **options).train()
+        make_trainer(output_dir=tmp_path / "killed", callbacks=[Interrupt(8)], **options).train()
     with pytest.raises(ValueError, match="feedback"):
         mixture = make_trainer(output_dir=tmp_path / "killed", **options | {"combine": "mixture"})
         mixture.train(resume_from_checkpoint=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.training.conftest import parted
 from torch import Tensor
 
 from prefmix.training.objective import learners_of_texts
@@ -23,17 +24,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "all blocks": {"branch_depth": -1, "cache_states": "off"},
     "branches and heads": {"branch_depth": 1, "head": "hidden", "cache_states": "off"},
 }
-
-
-def parted(trainer: MixtureTrainer) -> MixtureTrainer:
-    """Experts with different random parameters, and responsibilities that they decide."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in trainer.mixture.experts.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    trainer.start_em()
-    return trainer
 
 
 def step(trainer: MixtureTrainer, rows: range) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from tests.training.conftest import Interrupt, ready
 
 from prefmix.evaluation.evaluator import evaluate
 from prefmix.mixture.membership import (
@@ -31,20 +31,6 @@ Rows = list[dict[str, Any]]
 ESTEPS = pytest.mark.parametrize("estep", ["per_user", "encoder"])
 
 
-def _ready(trainer: MixtureTrainer, seed: int = 0) -> MixtureTrainer:
-    """Experts, loading and gate at random, evidence of every row up to date, nothing held."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in trainer.mixture.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    trainer.start_em()
-    trainer.refresh_evidence()
-    trainer.hold_steps = 0
-    trainer.state.max_steps = 10
-    return trainer
-
-
 def _rows(trainer: MixtureTrainer) -> MembershipRows:
     table = trainer.train_comparisons.table
     gate = trainer.mixture.gate.population_log_weights().detach().expand(len(table), -1)
@@ -56,7 +42,7 @@ def _rows(trainer: MixtureTrainer) -> MembershipRows:
 def test_losses_of_an_epoch_sum_to_the_bound(make_trainer: Make, rows: Rows, estep: str) -> None:
     weighted = [row | {"weight": 0.5 + (i % 3)} for i, row in enumerate(rows)]
     options = {"membership_estep": estep} | ({"kl_annealing": 0.0} if estep == "encoder" else {})
-    trainer = _ready(make_trainer(data=weighted, latent="membership", init="random", **options))
+    trainer = ready(make_trainer(data=weighted, latent="membership", init="random", **options))
     network = trainer.mixture.gate.membership
     total = 0.0
     for first in range(0, len(rows), 8):
@@ -72,7 +58,7 @@ def test_losses_of_an_epoch_sum_to_the_bound(make_trainer: Make, rows: Rows, est
 
 def test_the_gradient_is_the_bounds_at_fixed_q(make_trainer: Make, rows: Rows) -> None:
     """One batch of all rows: experts, gate terms and A get the gradient of the sum that autograd takes by itself."""
-    trainer = _ready(make_trainer(latent="membership", init="random", membership_samples=4))
+    trainer = ready(make_trainer(latent="membership", init="random", membership_samples=4))
     batch = trainer.data_collator(range(len(rows)))
     trainer.model.zero_grad()
     trainer.compute_loss(trainer.model, batch, num_items_in_batch=1).backward()
@@ -114,7 +100,7 @@ def test_a_run_ends_with_users_who_differ_and_a_policy_that_knows_them(
 
 
 def test_a_new_user_is_adapted_as_training_adapts_its_own(make_trainer: Make, rows: Rows, tmp_path: Path) -> None:
-    trainer = _ready(make_trainer(latent="membership", init="random"))
+    trainer = ready(make_trainer(latent="membership", init="random"))
     policy = trainer.policy
     mine = [row for row in rows if row["user"] == "user3"]
     adapted = policy.adapt("bob", mine)
@@ -131,7 +117,7 @@ def test_a_new_user_is_adapted_as_training_adapts_its_own(make_trainer: Make, ro
 
 
 def test_q_of_the_policy_is_the_fit_to_all_training_rows(make_trainer: Make) -> None:
-    trainer = _ready(make_trainer(latent="membership", init="random"))
+    trainer = ready(make_trainer(latent="membership", init="random"))
     every, network = _rows(trainer), trainer.mixture.gate.membership
     double = MembershipRows(every.gate_log_weights.double(), every.score.double(), *every[2:])
     fit = fit_users(double, network.loading.detach().double(), "mixture", standard_draws(32, network.dim))
@@ -157,7 +143,7 @@ def test_the_evaluator_personalises_known_and_new_users(
 def test_prompts_metadata_and_rows_without_a_user_have_their_say(make_trainer: Make, rows: Rows) -> None:
     anonymous = [{**row, "user": None} if i % 6 == 0 else row for i, row in enumerate(rows)]
     terms = ["global", "prompt", "metadata"]
-    trainer = _ready(make_trainer(data=anonymous, latent="membership", init="random", gate=terms))
+    trainer = ready(make_trainer(data=anonymous, latent="membership", init="random", gate=terms))
     batch = trainer.data_collator(range(len(rows)))
     trainer.compute_loss(trainer.model, batch, num_items_in_batch=1).backward()
     assert len(trainer.em.q.mean) == 8 + 8 and bool((trainer.em.q.mean != 0).all())
@@ -167,14 +153,6 @@ def test_prompts_metadata_and_rows_without_a_user_have_their_say(make_trainer: M
     assert len(policy.users.mean) == 8
     first, second = (policy.weights(prompt=text, user="user1") for text in ("What is it?", "Write a review."))
     assert (first - second).abs().max() > 1e-3
-
-
-class Interrupt(TrainerCallback):
-    """Stops a run at one step, before anything of that step is saved."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 8:
-            raise KeyboardInterrupt
 
 
 @ESTEPS
@@ -187,7 +165,7 @@ def test_a_killed_run_resumes_bit_for_bit(
     whole = make_trainer(output_dir=tmp_path / "whole", **options)
     whole.train()
     with pytest.raises(KeyboardInterrupt):
-        make_trainer(output_dir=tmp_path / "killed", callbacks=[Interrupt()], **options).train()
+        make_trainer(output_dir=tmp_path / "killed", callbacks=[Interrupt(8)], **options).train()
     again = make_trainer(output_dir=tmp_path / "killed", **options)
     again.train(resume_from_checkpoint=True)
     for first, second in zip(whole.mixture.parameters(), again.mixture.parameters(), strict=True):

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.training.conftest import Interrupt
 from torch.nn.functional import logsigmoid
-from transformers import TrainerCallback
 
 from prefmix.mixture.posterior import kl_to_gate, posterior
 from prefmix.training.options import validate_options
@@ -71,12 +71,6 @@ def test_beta_dpo_is_the_papers_batch_beta(make_trainer: Make, rows: Rows) -> No
     assert trainer.em.threshold.item() == pytest.approx(threshold)
 
 
-class Interrupt(TrainerCallback):
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 8:
-            raise KeyboardInterrupt
-
-
 def test_a_killed_run_resumes_bit_for_bit(make_trainer: Make, tmp_path: Path) -> None:
     options = {"estep": "amortized", "adaptive_beta": 0.6, "learning_rate": 2e-2, "init_hold_epochs": 0.5}
     options |= {"save_strategy": "steps", "save_steps": 5}
@@ -84,7 +78,7 @@ def test_a_killed_run_resumes_bit_for_bit(make_trainer: Make, tmp_path: Path) ->
     whole.train()
     assert any("mixture/amortized_gap" in line for line in whole.state.log_history)
     with pytest.raises(KeyboardInterrupt):
-        make_trainer(output_dir=tmp_path / "killed", callbacks=[Interrupt()], **options).train()
+        make_trainer(output_dir=tmp_path / "killed", callbacks=[Interrupt(8)], **options).train()
     again = make_trainer(output_dir=tmp_path / "killed", **options)
     again.train(resume_from_checkpoint=True)
     first, second = whole.em.state_dict(), again.em.state_dict()

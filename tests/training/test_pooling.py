@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.training.conftest import parted
 from torch import Tensor
 
 from prefmix.mixture.likelihoods.model import FeedbackModel
@@ -34,17 +35,6 @@ LATENTS: dict[str, dict[str, Any]] = {
     "per token": {"latent": "user", "loss_type": "sigmoid_norm"},
 }
 ROWS = range(6)
-
-
-def parted(trainer: MixtureTrainer) -> MixtureTrainer:
-    """Experts with different random parameters, so that their margins differ."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in trainer.mixture.experts.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    trainer.start_em()
-    return trainer
 
 
 def step(trainer: MixtureTrainer, rows: range = ROWS) -> tuple[Tensor, Tensor]:

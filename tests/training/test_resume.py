@@ -16,7 +16,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from transformers import EarlyStoppingCallback, TrainerCallback
+from tests.training.conftest import Interrupt
+from transformers import EarlyStoppingCallback
 
 from prefmix.training import checkpoint
 from prefmix.training.trainer import MixtureTrainer
@@ -34,17 +35,6 @@ def crash() -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
-
-
-class Interrupt(TrainerCallback):
-    """Stops the process's work at one step, as a signal would, before anything of that step is saved."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="trials run in forked processes")

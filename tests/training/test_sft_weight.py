@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from tests.training.conftest import parted
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
@@ -28,20 +29,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def parted(trainer: MixtureTrainer) -> MixtureTrainer:
-    """Experts with different random parameters, first responsibilities held."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in trainer.mixture.experts.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    trainer.start_em()
-    trainer.hold_steps = 1
-    return trainer
-
-
 def step(trainer: MixtureTrainer, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Loss and gradient."""
+    """Loss and gradient of a batch at held responsibilities."""
+    trainer.hold_steps = 1
     trainer.model.zero_grad()
     loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=batch["weight"].sum())
     loss.backward()

@@ -105,7 +105,7 @@ class Conversation:
             print(f"unknown decoder {decoder or '(none given)'}; known: {', '.join(DECODERS)}")
             return
         self.options["decoder"] = decoder
-        print(f"decoder {decoder} from here on")
+        note(f"decoder {decoder} from here on")  # not among the answers of a pipe
 
     def _become(self, user: str | None) -> None:
         if user is not None and user not in self.policy.users:
