@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from products import neighbours, product_grid, product_name
 
 from prefmix.evaluation.generation_quality import Frontier
 from prefmix.evaluation.intervals import Draw, Interval, nested_bootstrap
@@ -21,6 +22,7 @@ KLS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # nats; fixed before any run. The largest
 CORNERS = {"at the reference": 0.0, "one sd below the reference": -1.0}
 BETWEEN = 8  # points put between two neighbours of single DPO's frontier, which is one curve
 WEIGHT_STEPS = 8
+FRONTS = ("mixture", "product", "single DPO", "mixture - single DPO", "product - single DPO")
 
 
 class SeedArrays(NamedTuple):
@@ -32,6 +34,7 @@ class SeedArrays(NamedTuple):
         strengths: S.
         scale: [R] standard deviation of each reward under the reference, on validation prompts.
         each: responses for each prompt.
+        product_steps: weights of products of experts are multiples of 1 / this.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -39,6 +42,7 @@ class SeedArrays(NamedTuple):
     strengths: Sequence[float]
     scale: np.ndarray
     each: int
+    product_steps: int
 
     def rewards(self, name: str) -> np.ndarray:
         """[P, R] mean standardised rewards of each prompt's responses."""
@@ -67,9 +71,12 @@ class SeedArrays(NamedTuple):
         """The mixture with all weight on one objective's expert."""
         return self.frontier([f"mixture/{objective}/{s:g}" for s in self.strengths])
 
-    def blend(self) -> Frontier:
-        """The product of all experts with equal weights."""
-        return self.frontier([f"blend/{s:g}" for s in self.strengths])
+    def product(self, weights: np.ndarray) -> Frontier:
+        """The product of experts at some weights of `product_grid`, or at a vertex, at the strengths written."""
+        if weights.max() == 1:
+            return self.specialist(self.objectives[int(weights.argmax())])
+        names = [product_name(weights, s) for s in self.strengths]
+        return self.frontier([name for name in names if f"{name}/rewards" in self.arrays])
 
     def mixture(self, weights: np.ndarray) -> Frontier:
         """sum_k w_k pi_k at all strengths, exactly from the samples of its experts."""
@@ -105,13 +112,13 @@ def common_kl(seeds: Sequence[SeedArrays]) -> float:
 def gains_at_kl(seeds: Sequence[SeedArrays], kl: float, bootstraps: int) -> dict[str, dict[str, Interval]]:
     """Objective -> gain over the reference at equal KL: the specialist's, single DPO's, and their difference.
 
-    `mean of objectives` is that of the equally weighted mixture, of the blend (all experts' product), and of single
-    DPO, which is the theoretical ceiling there.
+    `mean of objectives` is that of the equally weighted mixture, of the equally weighted product, and of single DPO,
+    which is the theoretical ceiling there.
     """
     objectives, num = seeds[0].objectives, len(seeds[0].objectives)
     pairs = {o: [(s.specialist(o), s.single()) for s in seeds] for o in objectives}
     equal = np.full(num, 1 / num)
-    whole = [(s.mixture(equal), s.single(), s.blend()) for s in seeds]
+    whole = [(s.mixture(equal), s.product(equal), s.single()) for s in seeds]
 
     def statistic(draws: Sequence[Draw]) -> list[float]:
         found = []
@@ -119,41 +126,45 @@ def gains_at_kl(seeds: Sequence[SeedArrays], kl: float, bootstraps: int) -> dict
             gains = [_gains(pairs[objective][d.group], d.members, kl)[:, index] for d in draws]
             found += [*np.mean(gains, axis=0), float(np.mean([g[0] - g[1] for g in gains]))]
         means = [_gains(whole[d.group], d.members, kl)[:, :num].mean(axis=1) for d in draws]
-        return [*found, *np.mean(means, axis=0), float(np.mean([m[0] - m[1] for m in means]))]
+        return [*found, *_with_differences(np.mean(means, axis=0))]
 
     intervals = nested_bootstrap(statistic, _sizes(seeds), num_resamples=bootstraps)
     names = ("mixture", "single DPO", "difference")
     found = {o: dict(zip(names, intervals[3 * i : 3 * i + 3], strict=True)) for i, o in enumerate(objectives)}
-    last = ("mixture", "single DPO", "blend", "difference")
-    return found | {"mean of objectives": dict(zip(last, intervals[3 * num :], strict=True))}
+    return found | {"mean of objectives": dict(zip(FRONTS, intervals[3 * num :], strict=True))}
 
 
 def hypervolumes(seeds: Sequence[SeedArrays], kl: float, bootstraps: int) -> dict[str, dict[str, Interval]]:
-    """Corner -> volume that each front dominates within a KL: weight-swept mixture, single DPO, and the difference."""
-    num = len(seeds[0].objectives)
-    grid = simplex_grid(num, WEIGHT_STEPS)
-    families = [[s.mixture(weights) for weights in grid] for s in seeds]
-    singles, blends = [s.single() for s in seeds], [s.blend() for s in seeds]
+    """Corner -> volume that each front dominates within a KL: `FRONTS`.
 
-    def statistic(draws: Sequence[Draw]) -> list[float]:
+    The mixture at all weights, the product at all weights (specialists are the vertices of both), single DPO at all
+    strengths.
+    """
+    num = len(seeds[0].objectives)
+    grid, steps = simplex_grid(num, WEIGHT_STEPS), seeds[0].product_steps
+    vertices = np.eye(num)
+    product_weights = np.vstack([vertices, product_grid(num, steps)])
+    pairs = neighbours(product_weights, steps)
+    families = [[s.mixture(weights) for weights in grid] for s in seeds]
+    products = [[s.product(weights) for weights in product_weights] for s in seeds]
+    singles = [s.single() for s in seeds]
+
+    def statistic(draws: Sequence[Draw]) -> np.ndarray:
         volumes = []
         for draw in draws:
-            points = np.concatenate([_within(f.drawn(draw.members), kl, 1) for f in families[draw.group]])
-            single = _within(singles[draw.group].drawn(draw.members), kl, BETWEEN)
-            both = np.concatenate([points, _within(blends[draw.group].drawn(draw.members), kl, BETWEEN)])
-            volumes.append(
-                [
-                    hypervolume(front[:, :num], np.full(num, corner))
-                    for corner in CORNERS.values()
-                    for front in (points, single, both)
-                ]
+            mixed, made = ([f.drawn(draw.members) for f in found[draw.group]] for found in (families, products))
+            fronts = (
+                np.concatenate([_within(f, kl, 1) for f in mixed]),
+                np.concatenate([_within(f, kl, 1) for f in made] + [_between(made, pairs, kl)]),
+                _within(singles[draw.group].drawn(draw.members), kl, BETWEEN),
             )
-        means = np.mean(volumes, axis=0)
-        return [x for i in range(0, len(means), 3) for x in (*means[i : i + 3], means[i] - means[i + 1])]
+            corners = [np.full(num, corner) for corner in CORNERS.values()]
+            volumes.append([[hypervolume(front[:, :num], corner) for front in fronts] for corner in corners])
+        return np.concatenate([_with_differences(row) for row in np.mean(volumes, axis=0)])
 
     intervals = nested_bootstrap(statistic, _sizes(seeds), num_resamples=bootstraps)
-    names = ("mixture", "single DPO", "mixture and blend", "difference")
-    return {c: dict(zip(names, intervals[4 * i : 4 * i + 4], strict=True)) for i, c in enumerate(CORNERS)}
+    width = len(FRONTS)
+    return {c: dict(zip(FRONTS, intervals[width * i : width * (i + 1)], strict=True)) for i, c in enumerate(CORNERS)}
 
 
 def share_of_oracle(seeds: Sequence[SeedArrays], method: str, bootstraps: int) -> dict[str, dict[str, Interval]]:
@@ -200,6 +211,18 @@ def _within(family: Frontier, kl: float, between: int) -> np.ndarray:
     grid = np.unique(np.concatenate([np.linspace(a, b, between + 1) for a, b in zip(kls[:-1], kls[1:])]))
     grid = np.append(grid[grid < kl], min(kl, kls.max()))
     return np.stack([family.at_kl(x) for x in grid]) - family.rewards[0].mean(axis=0)
+
+
+def _between(families: Sequence[Frontier], pairs: np.ndarray, kl: float) -> np.ndarray:
+    """[E, R] gains half-way between two policies of at most this KL: what drawing one of them for each answer gives."""
+    gains = np.stack([family.at_kl(kl) - family.rewards[0].mean(axis=0) for family in families])
+    found: np.ndarray = gains[pairs].mean(axis=1)
+    return found
+
+
+def _with_differences(three: np.ndarray) -> np.ndarray:
+    """[5] of `FRONTS` from its first three."""
+    return np.append(three, [three[0] - three[2], three[1] - three[2]])
 
 
 def _sizes(seeds: Sequence[SeedArrays]) -> list[int]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from products import logit_scale, product_grid, product_name
 
 from prefmix.evaluation.generation_quality import Samples, language_figures, reward_columns, sample_responses
 from prefmix.evaluation.rewards import Reward
@@ -26,7 +27,7 @@ class Writing(NamedTuple):
         prompts: P evaluation prompts.
         each: n.
         max_new_tokens: longest response.
-        strengths: S multiples of what was learned; 1 is among them.
+        strengths: S multiples of what was learned, rising; 1 is among them.
         seed: of the draws.
     """
 
@@ -80,12 +81,18 @@ class Judge:
         for expert, objective in zip(order, objectives, strict=True):
             self.write(f"{name}/{objective}/1", policy, one_hot(expert, len(order)))
 
-    def blend(self, policy: MixturePolicy, num: int) -> None:
-        """One model with the mean of all corrections, at the same strengths times K: a product of experts."""
-        melted = soup(policy, [1.0] * num)
-        for strength in self.writing.strengths:
-            # The mean of K unrelated corrections is K times weaker than their sum.
-            self.write(f"blend/{strength:g}", at_strength(melted, strength * num**0.5), [1.0])
+    def products(self, policy: MixturePolicy, order: Sequence[int], steps: int, enough: float) -> None:
+        """Products of experts at the weights of `product_grid`, stronger until one is `enough` nats from the reference.
+
+        Written by the soup, whose tokens are those of `decoder="product"` (see products.py) for one head's cost.
+        """
+        for weights in product_grid(len(order), steps):
+            melted = soup(policy, weights[np.argsort(order)].tolist())
+            for strength in self.writing.strengths:
+                name = product_name(weights, strength)
+                self.write(name, at_strength(melted, logit_scale(weights, strength)), [1.0])
+                if self.arrays[f"{name}/log_ratio"].mean() > enough:
+                    break
 
 
 def one_hot(index: int, num: int) -> list[float]:

@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from annotators import Annotators
-from fronts import SeedArrays
+from fronts import KLS, SeedArrays
 from judge import Judge, Writing
 from methods import (
     ANONYMOUS,
@@ -232,7 +232,7 @@ class Study:
             orders[name] = expert_of_objective(policies[name], rows, OBJECTIVES)
         judge.frontier(MIXTURE, policies[MIXTURE], orders[MIXTURE], OBJECTIVES)
         judge.write("equal", policies[MIXTURE], [1.0] * num, decoder="mixture")
-        judge.blend(policies[MIXTURE], num)
+        judge.products(policies[MIXTURE], orders[MIXTURE], args.product_steps, KLS[-1])
         for name in (ORACLE, FIXED, ANONYMOUS):
             judge.specialists(name, policies[name], orders[name], OBJECTIVES)
         record["expert_of_objective"] = orders
@@ -248,7 +248,8 @@ class Study:
         scale = np.array(self.results["seeds"][seed]["scale"])
         with np.load(self._arrays(seed)) as file:
             arrays = {name: file[name] for name in file.files}
-        return SeedArrays(arrays, OBJECTIVES, self.args.strengths, np.maximum(scale, 1e-9), self.args.evaluation_each)
+        args, scale = self.args, np.maximum(scale, 1e-9)
+        return SeedArrays(arrays, OBJECTIVES, args.strengths, scale, args.evaluation_each, args.product_steps)
 
 
 def reference_policy(base: BaseModel) -> MixturePolicy:
@@ -304,6 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--token-dropout", type=float, default=0.5)
     parser.add_argument("--strengths", type=float, nargs="+", default=[1.0, 2.0, 4.0], help="1 must be among them")
+    parser.add_argument("--product-steps", type=int, default=4, help="weights of products are multiples of 1 / this")
     parser.add_argument("--bootstraps", type=int, default=200)
     parser.add_argument("--commit", default="", help="of the code, for the JSON")
     parser.add_argument("--work-dir", type=Path, default=Path("movie_reviews"), help="reference, states, arrays")

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fronts import SeedArrays, common_kl, gains_at_kl, hypervolumes, share_of_oracle, simplex_grid
+from fronts import FRONTS, SeedArrays, common_kl, gains_at_kl, hypervolumes, share_of_oracle, simplex_grid
+from products import product_grid
 
-from prefmix.evaluation.generation_quality import win_rate
+from prefmix.evaluation.generation_quality import Frontier, win_rate
 from prefmix.evaluation.intervals import Interval, nested_bootstrap
 from prefmix.evaluation.plots import ScatterPoint, scatter_svg
 from prefmix.evaluation.report import plain_table
@@ -92,23 +93,18 @@ def tables_text(results: Mapping[str, Any]) -> str:
     """Plain text: the headline tables."""
     found, parts = results["figures"], []
     for kl, table in found["gains_at_equal_kl"].items():
-        rows = [
-            [name, *(_cell(row.get(c)) for c in ("mixture", "single DPO", "difference"))] for name, row in table.items()
-        ]
+        whole = table["mean of objectives"]
+        columns = ("mixture", "single DPO", "difference")
+        rows = [[o, *(_cell(row[c]) for c in columns)] for o, row in table.items() if row is not whole]
         parts.append(f"gain over the reference at KL = {kl} nats, in its standard deviations")
-        parts.append(plain_table(["objective", "mixture, weights on it", "single DPO", "difference"], rows))
+        parts.append(plain_table(["objective", "mixture, weights on it", *columns[1:]], rows))
         parts.append(
-            f"the product of all experts there, mean of objectives: {_cell(table['mean of objectives']['blend'])}"
+            plain_table(["equal weights", *FRONTS], [["mean of objectives", *(_cell(whole[c]) for c in FRONTS)]])
         )
     for kl, table in found["hypervolume"].items():
-        rows = [
-            [corner, *(_cell(row[c]) for c in ("mixture", "single DPO", "difference", "mixture and blend"))]
-            for corner, row in table.items()
-        ]
-        parts.append(f"hypervolume within KL = {kl} nats")
-        parts.append(
-            plain_table(["corner", "mixture, weights swept", "single DPO", "difference", "with products"], rows)
-        )
+        rows = [[corner, *(_cell(row[c]) for c in FRONTS)] for corner, row in table.items()]
+        parts.append(f"hypervolume within KL = {kl} nats, weights swept")
+        parts.append(plain_table(["corner", *FRONTS], rows))
     for method, table in found["share_of_oracle"].items():
         rows = [
             [o, *(_cell(row[c]) for c in ("share", "gain", "oracle gain", "KL", "oracle KL"))]
@@ -153,29 +149,25 @@ def write_pictures(seeds: Sequence[SeedArrays], results: Mapping[str, Any], outp
 
 
 def _front_picture(seeds: Sequence[SeedArrays], kl: float, first: int, second: int, output: Path) -> None:
-    """Two objectives at equal KL: the mixture's weights between two specialists, and single DPO's curve up to there."""
+    """Two objectives at equal KL: weights between two specialists, mixed and multiplied; single DPO's curve."""
     names, num, points = seeds[0].objectives, len(seeds[0].objectives), []
 
-    def add(series: str, label: str, gains: Sequence[np.ndarray]) -> None:
+    def add(series: str, label: str, families: Sequence[Frontier], at: float) -> None:
+        gains = [f.at_kl(at) - f.rewards[0].mean(axis=0) for f in families]
         x, y = (float(np.mean([g[i] for g in gains])) for i in (first, second))
         points.append(ScatterPoint(series, label, x, y, y, y))
 
     for weight in simplex_grid(2, 8)[:, 0]:
         weights = np.zeros(num)
         weights[[first, second]] = weight, 1 - weight
-        families = [s.mixture(weights) for s in seeds]
         label = names[first] if weight == 1 else names[second] if weight == 0 else ""
-        add("mixture", label, [f.at_kl(kl) - f.rewards[0].mean(axis=0) for f in families])
+        add("mixture", label, [s.mixture(weights) for s in seeds], kl)
+    others = [k for k in range(num) if k not in (first, second)]
+    for weights in product_grid(num, seeds[0].product_steps):
+        if not weights[others].any():
+            add("product of experts", "", [s.product(weights) for s in seeds], kl)
     for part in np.linspace(0, kl, 6):
-        for series, families in (
-            ("single DPO", [s.single() for s in seeds]),
-            ("product of experts", [s.blend() for s in seeds]),
-        ):
-            add(
-                series,
-                f"{part:g}" if series == "single DPO" else "",
-                [f.at_kl(part) - f.rewards[0].mean(axis=0) for f in families],
-            )
+        add("single DPO", f"{part:g}", [s.single() for s in seeds], part)
     title = f"{names[first]} and {names[second]} at KL up to {kl:g} nats"
     labels = [f"gain in {names[i]}, standard deviations" for i in (first, second)]
     _write(output, f"{names[first]}-{names[second]}", scatter_svg(title, *labels, points, logarithmic=False))

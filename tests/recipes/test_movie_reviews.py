@@ -18,7 +18,7 @@ import pytest
 import torch
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "movie_reviews"
-MODULES = ("annotators", "fronts", "judge", "methods", "reviews", "run", "small_model", "tables")
+MODULES = ("annotators", "fronts", "judge", "methods", "products", "reviews", "run", "small_model", "tables")
 WORDS = ["the", "film", "story", "house", "sea", "sky", "girl", "forest", "time", "little", "near", "once", "was", "is"]
 
 
@@ -68,7 +68,8 @@ def test_recipe_goes_from_reviews_to_tables_and_pictures_and_does_nothing_twice(
     arguments = (
         f"--model {base_folder} --vocabulary 300 --sft-tokens 2048 --seeds 0 --prompts 16 --validation 8 "
         "--evaluation 8 --each 3 --prefix-words 6 --new-tokens 8 --annotators 2 --comparisons 6 --rates 0.05 "
-        f"--epochs 1 --rank 2 --strengths 1 2 --bootstraps 3 --work-dir {tmp_path / 'work'} --output {output}"
+        f"--epochs 1 --rank 2 --strengths 1 2 --product-steps 2 --bootstraps 3 "
+        f"--work-dir {tmp_path / 'work'} --output {output}"
     ).split()
     run = recipe("run")
     run.main(arguments)
@@ -82,7 +83,14 @@ def test_recipe_goes_from_reviews_to_tables_and_pictures_and_does_nothing_twice(
     assert set(methods) == {"single DPO", "mixture", "mixture, fixed weights", "oracle", "anonymous mixture"}
     assert methods["mixture, fixed weights"]["weights"] == pytest.approx([1 / 3] * 3)
     assert written["seeds"]["0"]["anonymous_diagnosis"]
-    assert set(written["figures"]["means"]) >= {"reference", "mixture/grammar/2", "single/all/1", "equal", "blend/2"}
+    assert set(written["figures"]["means"]) >= {"reference", "mixture/grammar/2", "single/all/1", "equal"}
+    products = {name.split("/")[1] for name in written["figures"]["means"] if name.startswith("product/")}
+    assert products == {"0.50-0.50-0.00", "0.50-0.00-0.50", "0.00-0.50-0.50", "0.33-0.33-0.33"}
+    for table in written["figures"]["hypervolume"].values():
+        for row in table.values():
+            assert row["product - single DPO"]["value"] == pytest.approx(
+                row["product"]["value"] - row["single DPO"]["value"], abs=2e-4
+            )
     assert {"sentiment, other judge", "length"} <= set(written["figures"]["means"]["reference"])
     pictures = sorted(tmp_path.glob("results-*.svg"))
     assert len(pictures) == 6
@@ -170,10 +178,55 @@ def test_weight_swept_mixture_equals_enumeration(recipe: Callable[[str], ModuleT
         arrays[f"mixture/{name}/1/rewards"] = rewards[drawn]
         arrays[f"mixture/{name}/1/expert_log_ratio"] = np.log(experts / reference).T[drawn]
         arrays[f"mixture/{name}/1/log_ratio"] = np.log(experts[expert] / reference)[drawn]
-    seed = recipe("fronts").SeedArrays(arrays, ("a", "b"), (1.0,), np.ones(2), each)
+    seed = recipe("fronts").SeedArrays(arrays, ("a", "b"), (1.0,), np.ones(2), each, 2)
     family, mixed = seed.mixture(weights), weights @ experts
     assert family.mean_kl[1] == pytest.approx(float((mixed * np.log(mixed / reference)).sum()))
     np.testing.assert_allclose(family.rewards[1, 0], mixed @ rewards)
     alone = seed.mixture(np.array([1.0, 0.0]))
     np.testing.assert_allclose(alone.kl, seed.specialist("a").kl)
     np.testing.assert_allclose(alone.rewards, seed.specialist("a").rewards)
+
+
+def test_a_soup_writes_what_the_product_decoder_writes(
+    recipe: Callable[[str], ModuleType], make_tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    from prefmix.experts.shared_base import SharedBaseExperts
+    from prefmix.mixture.gates import Gate
+    from prefmix.policy.config import PolicyConfig
+    from prefmix.policy.mixture_model import MixtureModel
+    from prefmix.policy.mixture_policy import MixturePolicy
+    from prefmix.policy.modular import soup
+    from prefmix.policy.strength import at_strength
+
+    experts, generator = SharedBaseExperts(make_tiny_model(), 3, rank=2), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in experts.head.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+    config = PolicyConfig((0.1,) * 3, "pair", "<base>", "0" * 64)
+    policy = MixturePolicy(MixtureModel(experts, Gate(3, ("global",))), tiny_tokenizer, config)
+    weights, call = np.array([0.5, 0.25, 0.25]), {"max_new_tokens": 12, "seed": 3, "return_details": True}
+    scale = recipe("products").logit_scale(weights, 1.0)
+    assert scale == pytest.approx(0.375**-0.5)
+    product = at_strength(policy, scale).generate(
+        ["Where is the sun?"] * 4, weights=torch.tensor(weights), decoder="product", **call
+    )
+    melted = at_strength(soup(policy, weights.tolist()), scale).generate(
+        ["Where is the sun?"] * 4, decoder="mixture", **call
+    )
+    assert [r.token_ids for r in melted] == [r.token_ids for r in product]
+    assert [r.log_prob for r in melted] == pytest.approx([r.log_prob for r in product], abs=1e-3)
+    vertex = at_strength(policy, 1.0).generate(["Where is the sun?"] * 4, weights=torch.tensor([1.0, 0, 0]), **call)
+    assert [r.token_ids for r in vertex] != [r.token_ids for r in product]
+
+
+def test_product_weights_cover_the_simplex_without_its_vertices(recipe: Callable[[str], ModuleType]) -> None:
+    products = recipe("products")
+    grid = products.product_grid(3, 4)
+    assert grid.shape == (13, 3) and grid.max() < 1
+    np.testing.assert_allclose(grid.sum(axis=1), 1)
+    np.testing.assert_allclose(grid[-1], 1 / 3)
+    assert len(products.product_grid(3, 3)) == 7  # its own centre is the centre
+    whole = np.vstack([np.eye(3), grid])
+    pairs = products.neighbours(whole, 4)
+    assert len(pairs) == 30  # sides of the 16 small triangles
+    assert all(np.abs(whole[a] - whole[b]).max() == pytest.approx(1 / 4) for a, b in pairs)
