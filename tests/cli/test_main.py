@@ -130,7 +130,7 @@ def test_validate_points_at_a_column_that_looks_like_who_judged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = str(_rows(tmp_path, [{"prompt": "a", "chosen": "b", "rejected": "c", "annotator_id": 7}]))
-    said = "column 'annotator_id' (1 values) looks like who judged; rename it to 'user'"
+    said = "column 'annotator_id' (one value) looks like who judged; rename it to 'user'"
     assert main(["validate", data]) == 0
     text = capsys.readouterr()
     assert said in text.out and text.err == ""

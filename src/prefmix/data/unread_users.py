@@ -46,8 +46,9 @@ def unread_users(rows: Sequence[Mapping[str, Any]], unread_columns: Sequence[str
     for column in told:
         values = {row.get(column) for row in rows if isinstance(row.get(column), str | int)}
         if values:
+            count = "one value" if len(values) == 1 else f"{len(values)} values"
             return (
-                f"column {column!r} ({len(values)} values) looks like who judged; rename it to 'user' (datasets: "
+                f"column {column!r} ({count}) looks like who judged; rename it to 'user' (datasets: "
                 f"data.rename_column({column!r}, 'user')), or users cannot be told apart"
             )
     return None
