@@ -53,9 +53,9 @@ from prefmix.policy.prompts import prompt_token_ids
 
 OBJECTIVES = ("sentiment", "informativeness", "grammar")
 UNTRAINED = ("sentiment, other judge", "length")
-# Per model: tokens that stay (0: all), fine-tuning tokens, training prompts, responses to each, evaluation prompts.
+# Per model: tokens that stay (0: all), fine-tuning tokens, training prompts, evaluation prompts.
 SIZES = {
-    "stories15M": {"vocabulary": 4096, "sft_tokens": 400_000, "prompts": 300, "evaluation": 80},
+    "stories15M": {"vocabulary": 4096, "sft_tokens": 400_000, "prompts": 600, "evaluation": 160},
     "smollm2": {"vocabulary": 0, "sft_tokens": 0, "prompts": 100, "evaluation": 40},
 }
 NOT_SETTINGS = ("work_dir", "output", "seeds", "quick", "commit")
@@ -305,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--token-dropout", type=float, default=0.5)
     parser.add_argument("--strengths", type=float, nargs="+", default=[1.0, 2.0, 4.0], help="1 must be among them")
-    parser.add_argument("--product-steps", type=int, default=4, help="weights of products are multiples of 1 / this")
+    parser.add_argument("--product-steps", type=int, default=3, help="weights of products are multiples of 1 / this")
     parser.add_argument("--bootstraps", type=int, default=200)
     parser.add_argument("--commit", default="", help="of the code, for the JSON")
     parser.add_argument("--work-dir", type=Path, default=Path("movie_reviews"), help="reference, states, arrays")
