@@ -8,7 +8,7 @@ Legend: P prompts, S strengths, W weight vectors, R rewards, K experts (objectiv
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -135,19 +135,38 @@ def gains_at_kl(seeds: Sequence[SeedArrays], kl: float, bootstraps: int) -> dict
 
 
 def hypervolumes(seeds: Sequence[SeedArrays], kl: float, bootstraps: int) -> dict[str, dict[str, Interval]]:
-    """Corner -> volume that each front dominates within a KL: `FRONTS`.
+    """Corner -> volume that each front dominates within a KL: `FRONTS`."""
+    intervals = nested_bootstrap(_front_volumes(seeds, kl), _sizes(seeds), num_resamples=bootstraps)
+    width = len(FRONTS)
+    return {c: dict(zip(FRONTS, intervals[width * i : width * (i + 1)], strict=True)) for i, c in enumerate(CORNERS)}
+
+
+def volumes_from_halves(seeds: Sequence[SeedArrays], kl: float) -> dict[str, dict[str, float]]:
+    """Corner -> mean volume from every other prompt alone, as in `hypervolumes`.
+
+    A front takes the best of noisy points, so its volume is a little too large, the more the fewer prompts there are:
+    what halving the prompts adds is about what is too much in the whole.
+    """
+    volumes, sizes = _front_volumes(seeds, kl), _sizes(seeds)
+    halves = [[Draw(group, np.arange(start, size, 2)) for group, size in enumerate(sizes)] for start in (0, 1)]
+    means = np.mean([volumes(draws) for draws in halves], axis=0).reshape(len(CORNERS), len(FRONTS)).tolist()
+    return {corner: dict(zip(FRONTS, row, strict=True)) for corner, row in zip(CORNERS, means, strict=True)}
+
+
+def _front_volumes(seeds: Sequence[SeedArrays], kl: float) -> Callable[[Sequence[Draw]], np.ndarray]:
+    """Statistic of `nested_bootstrap`: [corners x FRONTS] volumes, means over the drawn seeds.
 
     The mixture at all weights, the product at all weights (specialists are the vertices of both), single DPO at all
     strengths.
     """
     num = len(seeds[0].objectives)
     grid, steps = simplex_grid(num, WEIGHT_STEPS), seeds[0].product_steps
-    vertices = np.eye(num)
-    product_weights = np.vstack([vertices, product_grid(num, steps)])
+    product_weights = np.vstack([np.eye(num), product_grid(num, steps)])
     pairs = neighbours(product_weights, steps)
     families = [[s.mixture(weights) for weights in grid] for s in seeds]
     products = [[s.product(weights) for weights in product_weights] for s in seeds]
     singles = [s.single() for s in seeds]
+    corners = [np.full(num, corner) for corner in CORNERS.values()]
 
     def statistic(draws: Sequence[Draw]) -> np.ndarray:
         volumes = []
@@ -158,13 +177,10 @@ def hypervolumes(seeds: Sequence[SeedArrays], kl: float, bootstraps: int) -> dic
                 np.concatenate([_within(f, kl, 1) for f in made] + [_between(made, pairs, kl)]),
                 _within(singles[draw.group].drawn(draw.members), kl, BETWEEN),
             )
-            corners = [np.full(num, corner) for corner in CORNERS.values()]
             volumes.append([[hypervolume(front[:, :num], corner) for front in fronts] for corner in corners])
         return np.concatenate([_with_differences(row) for row in np.mean(volumes, axis=0)])
 
-    intervals = nested_bootstrap(statistic, _sizes(seeds), num_resamples=bootstraps)
-    width = len(FRONTS)
-    return {c: dict(zip(FRONTS, intervals[width * i : width * (i + 1)], strict=True)) for i, c in enumerate(CORNERS)}
+    return statistic
 
 
 def share_of_oracle(seeds: Sequence[SeedArrays], method: str, bootstraps: int) -> dict[str, dict[str, Interval]]:

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fronts import FRONTS, SeedArrays, common_kl, gains_at_kl, hypervolumes, share_of_oracle, simplex_grid
+from fronts import (
+    FRONTS,
+    SeedArrays,
+    common_kl,
+    gains_at_kl,
+    hypervolumes,
+    share_of_oracle,
+    simplex_grid,
+    volumes_from_halves,
+)
 from products import product_grid
 
 from prefmix.evaluation.generation_quality import Frontier, win_rate
@@ -24,6 +33,7 @@ def figures(seeds: Sequence[SeedArrays], rewards: Sequence[str], bootstraps: int
         "kl": kl,
         "gains_at_equal_kl": {f"{x:g}": gains_at_kl(seeds, x, bootstraps) for x in (kl / 2, kl)},
         "hypervolume": {f"{x:g}": hypervolumes(seeds, x, bootstraps) for x in (kl / 2, kl)},
+        "hypervolume_from_halves": {f"{x:g}": volumes_from_halves(seeds, x) for x in (kl / 2, kl)},
         "share_of_oracle": {method: share_of_oracle(seeds, method, bootstraps) for method in methods},
         "win_rates": win_rates(seeds),
         "decoding_check": decoding_check(seeds),

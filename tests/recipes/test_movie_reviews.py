@@ -230,3 +230,36 @@ def test_product_weights_cover_the_simplex_without_its_vertices(recipe: Callable
     pairs = products.neighbours(whole, 4)
     assert len(pairs) == 30  # sides of the 16 small triangles
     assert all(np.abs(whole[a] - whole[b]).max() == pytest.approx(1 / 4) for a, b in pairs)
+
+
+def test_fronts_are_measured_within_the_kl_and_noise_makes_them_larger(recipe: Callable[[str], ModuleType]) -> None:
+    """Two objectives, two specialists and their product, all 4 nats away; single DPO reaches 0.5 in both."""
+    fronts, rng, prompts = recipe("fronts"), np.random.default_rng(0), 40
+    means = {
+        "mixture/a/1": (1, 0),
+        "mixture/b/1": (0, 1),
+        "product/0.50-0.50/1": (0.8, 0.8),
+        "single/all/1": (0.5, 0.5),
+    }
+
+    def seed_arrays(noise: float) -> Any:
+        arrays = {"reference/rewards": np.zeros((prompts, 2)), "reference/log_ratio": np.zeros(prompts)}
+        for name, mean in means.items():
+            arrays[f"{name}/rewards"] = np.array(mean) + noise * rng.normal(size=(prompts, 2))
+            arrays[f"{name}/log_ratio"] = np.full(prompts, 4.0)
+            arrays[f"{name}/expert_log_ratio"] = np.full((prompts, 2), 4.0)
+        return fronts.SeedArrays(arrays, ("a", "b"), (1.0,), np.ones(2), 1, 2)
+
+    exact = fronts.hypervolumes([seed_arrays(0.0)] * 2, 4.0, 5)
+    found = {name: interval.value for name, interval in exact["at the reference"].items()}
+    # Mixture: steps under the line from (1, 0) to (0, 1); product: (0.9, 0.4) and (0.4, 0.9) lie half-way to it.
+    assert found["mixture"] == pytest.approx(sum(range(1, 8)) / 64)
+    assert found["product"] == pytest.approx(0.9 * 0.4 + 0.8 * 0.4 + 0.4 * 0.1)
+    assert found["single DPO"] == pytest.approx(0.25)
+    assert found["product - single DPO"] == pytest.approx(found["product"] - 0.25)
+    # At half of the KL everything is half as far out.
+    half = fronts.hypervolumes([seed_arrays(0.0)], 2.0, 2)["at the reference"]["product"].value
+    assert half == pytest.approx(found["product"] / 4)
+    noisy = [seed_arrays(2.0) for _ in range(20)]
+    whole = fronts.hypervolumes(noisy, 4.0, 2)["at the reference"]["mixture"].value
+    assert fronts.volumes_from_halves(noisy, 4.0)["at the reference"]["mixture"] > whole > found["mixture"]
