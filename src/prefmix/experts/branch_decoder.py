@@ -59,7 +59,7 @@ class BranchDecoder(AbstractExpertDecoder):
             return [self._read_alone(reader, cache, tokens) for reader, cache in zip(self._readers, self._caches)]
         first = self._caches[0]
         with self._trunk.applied():
-            point = self._top.run_trunk(tokens, self._mask, through=False, past_key_values=first, use_cache=True)
+            point = self._top.run_trunk(tokens, self._mask, through=False, cache=first)
         states = []
         for reader, cache in zip(self._readers, self._caches, strict=True):
             with self._branches.applied(reader.matrices):
@@ -70,7 +70,7 @@ class BranchDecoder(AbstractExpertDecoder):
         self, reader: ExpertReader, cache: DynamicCache, tokens: Int[Tensor, "B M"]
     ) -> Float[Tensor, "B D"]:
         with self._branches.applied(reader.matrices):
-            output = run_trunk(self._trunk.model, tokens, self._mask, past_key_values=cache, use_cache=True)
+            output = run_trunk(self._trunk.model, tokens, self._mask, cache=cache)
         return output.last_hidden_state[:, -1]
 
     @torch.no_grad()

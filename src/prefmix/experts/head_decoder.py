@@ -42,7 +42,7 @@ class HeadDecoder(AbstractExpertDecoder):
     @torch.no_grad()
     def _read(self, tokens: Int[Tensor, "B M"]) -> Float[Tensor, "B D"]:
         with self._applied():
-            output = run_trunk(self._model, tokens, self._mask, past_key_values=self._cache, use_cache=True)
+            output = run_trunk(self._model, tokens, self._mask, cache=self._cache)
         return output.last_hidden_state[:, -1]
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from prefmix.experts.interface import PackedStates, PaddedTexts
 from prefmix.experts.output_head import check_output_head
@@ -45,11 +45,20 @@ def run_trunk(
     model: PreTrainedModel,
     input_ids: Int[Tensor, "N M"],
     attention_mask: Int[Tensor, "N L"],
+    *,
+    cache: Cache | None = None,
     **options: Any,
 ) -> Any:
-    """The trunk's own output object for the last M of L positions; unless told, positions count tokens, not padding."""
+    """The trunk's own output object for the last M of L positions; unless told, positions count tokens, not padding.
+
+    With a `cache`, keys and values of the positions before these are read from it, and theirs are added.
+    """
     trunk = model.get_decoder()
-    if "position_ids" not in options and "position_ids" in inspect.signature(trunk.forward).parameters:
+    takes = inspect.signature(trunk.forward).parameters
+    if cache is not None:
+        # Older transformers call it past_key_values, newer ones warn of that name.
+        options |= {"cache" if "cache" in takes else "past_key_values": cache, "use_cache": True}
+    if "position_ids" not in options and "position_ids" in takes:
         positions = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
         options["position_ids"] = positions[:, -input_ids.shape[1] :]
     return trunk(input_ids=input_ids, attention_mask=attention_mask, **options)
