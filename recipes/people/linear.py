@@ -34,10 +34,10 @@ SHARED_RIDGE = 64.0
 OWN_STEPS = 8
 
 # Twelve configurations for each method. `weight` counts a row as so much: comparisons drawn from ratings share them, so
-# thirty rows are not thirty independent answers. The prior is scaled alike, so it means the same at any weight.
+# a hundred rows are not a hundred independent answers. The prior is scaled alike, so it means the same at any weight.
 # `pooling` draws rewards to their mean (`mixture.linear_em`): what people want differently is held by it, what they
 # share by SHARED_RIDGE alone. Weak, stronger with rows that count less, and so strong that few rows decide nothing.
-POOLED = ((1.0, 256.0), (0.4, 256.0), (0.4, 1024.0), (1.0, 4096.0))
+POOLED = ((1.0, 256.0), (0.4, 1024.0), (0.15, 1024.0), (1.0, 4096.0))
 
 
 def _pooled(counts: tuple[int, ...]) -> list[dict[str, float]]:

@@ -22,7 +22,8 @@ from prefmix.data.ratings import rating_pairs
 NAMES = ("convarg", "jester", "movielens")
 PARTS = ("train", "validation", "test")
 VALIDATION_SHARE, TEST_SHARE, NEW_SHARE = 0.15, 0.3, 0.2
-PAIRS = {"train": 30, "validation": 8, "test": 16}
+# At most so many comparisons a person, drawn from ratings that stand in one part alone.
+PAIRS = {"train": 100, "validation": 8, "test": 16}
 PROMPTS = {"jester": "Tell me a joke.\n", "movielens": "Recommend a film.\n"}
 # Held-out things of a person that a ranking needs.
 MIN_RANKED = 10
