@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from prefmix.evaluation.evaluator import evaluate
 from prefmix.mixture.gates import Gate, GateInputs
+from prefmix.training.config import MixtureConfig
 from prefmix.training.result import training_log_lik
 from prefmix.training.trainer import MixtureTrainer
 
@@ -68,3 +70,18 @@ def test_figures_during_training_are_those_of_the_policy(make_trainer: Make, mak
 def test_a_gate_without_rows_of_users_is_the_one_that_trained(make_trainer: Make) -> None:
     trainer = make_trainer(max_steps=1)
     assert trainer.policy.model.gate is trainer.mixture.gate
+
+
+def test_the_policy_keeps_how_its_rows_were_written_and_held_out_rows_of_the_other_form_are_a_warning(
+    make_trainer: Make, make_tiny_model: Any, tiny_chat_tokenizer: Any, rows: Any, tmp_path: Path
+) -> None:
+    def said(text: str, role: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text}]
+
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    chats = [row | {name: said(row[name], role) for name, role in roles.items()} for row in rows]
+    args = MixtureConfig(str(tmp_path / "chats"), cache_states="memory", probe_dim=4, use_cpu=True, disable_tqdm=True)
+    with pytest.warns(UserWarning, match="the rows are plain text.*training rows were messages"):
+        trainer = MixtureTrainer(make_tiny_model(), args, chats, rows, tiny_chat_tokenizer)
+    assert trainer.policy.config.row_form == "conversational"
+    assert make_trainer().policy.config.row_form == "standard"

@@ -82,6 +82,7 @@ class ComparisonTable:
         tie: [B] bool, both were judged equal; None: no row is a tie.
         label: [B] float32 in [0.5, 1], probability that `chosen` is the better one; None: 1 everywhere.
         ranked: the texts of all rows in order; None: every row is a pair.
+        form: of the rows, `standard` (plain text), `conversational` (messages) or `tokenized`; None: unknown.
     """
 
     texts: TextTable
@@ -98,6 +99,7 @@ class ComparisonTable:
     tie: np.ndarray | None = None
     label: np.ndarray | None = None
     ranked: RankedTexts | None = None
+    form: str | None = None
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -130,4 +132,5 @@ class ComparisonTable:
             tie=None if self.tie is None else self.tie[index],
             label=None if self.label is None else self.label[index],
             ranked=None if self.ranked is None else self.ranked.select(index),
+            form=self.form,
         )

@@ -6,6 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,7 +89,8 @@ def tokenize_rows(
         errors.append(RowError("", "prompt", problem, "Raise max_length, or use truncation_mode='keep_end'."))
     if errors:
         raise DataError(source, errors)
-    return _table(builder.build(), kept, orders, users or (), groups or (), dropped)
+    table = _table(builder.build(), kept, orders, users or (), groups or (), dropped)
+    return replace(table, form=checked.form)
 
 
 def tokenize_texts(

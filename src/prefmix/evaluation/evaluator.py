@@ -15,7 +15,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefmix.data.comparisons import ComparisonTable
-from prefmix.data.tokenization import tokenize_rows
 from prefmix.evaluation.cached_states import StateCache
 from prefmix.evaluation.metrics import Agreement, accuracy, agreement, usage
 from prefmix.evaluation.new_users import split_context
@@ -144,17 +143,7 @@ def score_table(
         ValueError: no comparison is left.
     """
     config = policy.config
-    if isinstance(rows, ComparisonTable):
-        table = rows
-    else:
-        table = tokenize_rows(
-            rows,
-            policy.tokenizer,
-            max_length=config.max_length,
-            truncation_mode=config.truncation_mode,
-            users=policy.users.names,
-            keep_ties=config.feedback_model.keeps_ties,
-        )
+    table = rows if isinstance(rows, ComparisonTable) else policy.table(rows, progress=True)
     if len(table) == 0:
         raise ValueError("rows: no comparison to evaluate; give at least one row that is not a tie")
     index = np.array([policy.users.index(name) for name in table.users], dtype=np.int64)

@@ -39,6 +39,8 @@ class PolicyConfig:
         gate: `Gate.describe()`: terms and sizes, from which an untrained gate is rebuilt; filled in likewise.
         unknown_users: weights of somebody about whom nothing is known, `{"objective": name, "weights": K numbers}`
             (`MixturePolicy.set_unknown_users`); empty: the gate's.
+        row_form: how training rows were written: `conversational` (messages, in the chat template), `standard` (plain
+            text) or `tokenized`; null: unknown, in policies older than this field.
         provenance: data hash, seed, versions, hardware: JSON values for the reader, never read by the code.
         format_version: of the folder's layout.
     """
@@ -61,6 +63,7 @@ class PolicyConfig:
     unknown_users: Mapping[str, Any] = field(default_factory=dict)
     label_noise_update: Literal["fixed", "global", "per_annotator"] = "fixed"
     label_noise_prior: tuple[float, float] | None = None
+    row_form: str | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:

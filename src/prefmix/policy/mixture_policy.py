@@ -28,6 +28,7 @@ from prefmix.policy.preferences import PreferenceScores, Ranked, candidate_score
 from prefmix.policy.prompts import Prompt, is_single_prompt, prompt_list, prompt_token_ids, users_and_metadata
 from prefmix.policy.questions import Question, rank_questions
 from prefmix.policy.responses import left_pad, stream_response, write_responses
+from prefmix.policy.row_form import RowForm
 from prefmix.policy.serialization import PolicyParts, read_policy, write_policy
 from prefmix.policy.text_scores import product_log_probs, text_log_probs
 from prefmix.policy.unknown_users import Objective, default_weights, unknown_user_weights
@@ -73,6 +74,7 @@ class MixturePolicy:
         self.users = users if users is not None else UserState.empty(config.num_experts)
         self.metadata_encoder = metadata_encoder
         self.record = dict(record or {})
+        self._row_form = RowForm(config.row_form)
         self.path: Path | None = None
 
     @property
@@ -172,7 +174,7 @@ class MixturePolicy:
             raise ValueError("save=True: this policy has no folder yet; call save_pretrained(path) first")
         user_weights = self._user_weights()
         user_weights.check_adaptable()
-        table = self._table(comparisons)
+        table = self.table(comparisons)
         scores = self._preference_scores(table, [self.users.index(user)] * len(table))
         learn_user(user_weights, user, table, scores, self.config)
         if save:
@@ -209,6 +211,13 @@ class MixturePolicy:
         return self._user_weights().gate_terms(prompts, list(table.metadata))
 
     # --- texts --------------------------------------------------------------------------------------------------------
+    def table(self, rows: Sequence[Mapping[str, Any]], progress: bool = False) -> ComparisonTable:
+        """Rows, tokenized as in training; warns where all are plain text and those were messages, or the reverse."""
+        reading = self._truncation() | {"keep_ties": self.config.feedback_model.keeps_ties, "progress": progress}
+        table = tokenize_rows(rows, self.tokenizer, users=self.users.names, **reading)
+        self._row_form.check_rows(table.form)
+        return table
+
     def log_prob(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -257,7 +266,7 @@ class MixturePolicy:
         Raises:
             DataError: rows that cannot be used.
         """
-        table = self._table(rows)
+        table = self.table(rows)
         scores = self._preference_scores(table, table.user.tolist())
         names = [table.users[i] if i >= 0 else None for i in table.user]
         prompts = [table.texts.prompts[i] for i in table.prompt]
@@ -338,6 +347,7 @@ class MixturePolicy:
         decoder = self.decoder if decoder is None else decoder
         if decoder not in DECODERS:
             raise ValueError(f"decoder={decoder!r}: choose one of {', '.join(DECODERS)}")
+        self._row_form.check_prompts(prompts, self.tokenizer)
         token_ids = [prompt_token_ids(entry, self.tokenizer) for entry in prompts]
         room = self.tokenizer.model_max_length - max(len(ids) for ids in token_ids)
         temperature = temperature if do_sample else 0.0
@@ -366,14 +376,8 @@ class MixturePolicy:
     def _truncation(self) -> dict[str, Any]:
         return {"max_length": self.config.max_length, "truncation_mode": self.config.truncation_mode}
 
-    def _reading(self) -> dict[str, Any]:
-        return {**self._truncation(), "keep_ties": self.config.feedback_model.keeps_ties}
-
     def _prompts(self, prompt: Prompt | None) -> list[list[int]] | None:
         return None if prompt is None else [prompt_token_ids(prompt, self.tokenizer)]
-
-    def _table(self, rows: Sequence[Mapping[str, Any]]) -> ComparisonTable:
-        return tokenize_rows(rows, self.tokenizer, users=self.users.names, progress=False, **self._reading())
 
     def _preference_scores(self, table: ComparisonTable, judges: Sequence[int]) -> PreferenceScores:
         log_probs = text_log_probs(self.model.experts, table.texts)
@@ -384,15 +388,11 @@ class MixturePolicy:
     ) -> dict[str, Any]:
         device = next(self.model.parameters()).device
         generator = torch.Generator(device)
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(seed)
-        pad = self.tokenizer.pad_token_id
+        generator.seed() if seed is None else generator.manual_seed(seed)
         return {
             "experts": self.model.experts,
             "tokenizer": self.tokenizer,
-            "prompt": left_pad(prompts, 0 if pad is None else pad, device),
+            "prompt": left_pad(prompts, self.tokenizer.pad_token_id or 0, device),
             "log_rho": DECODERS[decoder](log_weights.to(device, rho_dtype(device)), generator),
             "eos_token_ids": self.eos_token_ids,
             "generator": generator,

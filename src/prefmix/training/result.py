@@ -158,6 +158,7 @@ def build_policy(trainer: MixtureTrainer, log_lik: Float[Tensor, "B K"]) -> Mixt
         dtype=str(args.trunk_dtype).removeprefix("torch."),
         max_length=args.max_length,
         truncation_mode=args.truncation_mode,
+        row_form=trainer.train_comparisons.table.form,
         provenance={
             "data_sha256": trainer.identity["data_sha256"],
             "training_rows": len(trainer.train_comparisons.table),

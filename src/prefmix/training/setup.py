@@ -29,6 +29,7 @@ from prefmix.experts.trunk_cache import TrunkStates, build_trunk_states
 from prefmix.mixture.gates import Gate, features_of
 from prefmix.policy.feedback_rows import check_feedback
 from prefmix.policy.mixture_model import MixtureModel
+from prefmix.policy.row_form import RowForm
 from prefmix.training.config import MixtureConfig
 from prefmix.training.membership_options import ENCODER_HIDDEN, membership_dim
 from prefmix.training.options import expert_head, gate_problems, reads_states
@@ -133,6 +134,8 @@ def as_table(
         keep_ties=args.feedback_model.keeps_ties,
     )
     check_feedback(table, args.feedback_model)
+    if like is not None and args.should_log:
+        RowForm(like.form).check_rows(table.form)
     if table.dropped:
         logger.info("%s: left out %s", rows.name, ", ".join(f"{n} rows ({why})" for why, n in table.dropped.items()))
     if like is None and args.should_log and (warning := unread_users(rows.rows, unread_columns(rows.rows))) is not None:
