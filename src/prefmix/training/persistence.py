@@ -30,13 +30,12 @@ from prefmix.training import checkpoint as store
 from prefmix.training.config import MixtureConfig
 from prefmix.training.em_state import EMState
 from prefmix.training.metrics_log import Meter
+from prefmix.training.old_runs import FINISHED, POLICY, make_room, refusal
 from prefmix.training.placement import AbstractPlacement
 from prefmix.training.processes import Readers, share_object, summed
 from prefmix.training.record import Clock
 
-FINISHED = "finished.json"
 METRICS = "metrics.jsonl"
-POLICY = "policy"
 
 logger = logging.getLogger(__name__)
 
@@ -124,15 +123,19 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
             NonFiniteError: loss, gradient, weights or gate became NaN or infinite.
         """
         run_dir = Path(self._get_output_dir(trial))
-        run_dir.mkdir(parents=True, exist_ok=True)
         resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        fresh = not resume and not self.args.overwrite_output_dir
+        if fresh and self.args.should_save and (problem := refusal(run_dir)) is not None:
+            raise ValueError(problem)
+        run_dir.mkdir(parents=True, exist_ok=True)
         max_steps = self._plan_steps()
         # The first process cleans and chooses; the others must not look before it has, nor find another one.
         checkpoint = share_object(
             self.accelerator, self._checkpoint_to_resume(run_dir, resume) if self.args.process_index == 0 else None
         )
         if checkpoint is None:
-            self._make_room(run_dir)
+            if self.args.should_save:
+                make_room(run_dir, self.args.overwrite_output_dir)
             self.start_em()
         else:
             store.check_identity(checkpoint, self.identity)
@@ -187,24 +190,6 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
                 "resume_from_checkpoint=True for the newest intact checkpoint of output_dir"
             )
         return Path(str(resume))
-
-    def _make_room(self, run_dir: Path) -> None:
-        """A fresh run never mixes with, or overwrites, what another one left."""
-        if not self.args.should_save:
-            return
-        store.clean(run_dir)
-        old = [
-            *store.checkpoints(run_dir),
-            *(run_dir / name for name in (FINISHED, POLICY) if (run_dir / name).exists()),
-        ]
-        if old and not self.args.overwrite_output_dir:
-            kind = "a finished" if (run_dir / FINISHED).exists() else "an unfinished"
-            raise ValueError(
-                f"output_dir={str(run_dir)!r} holds {kind} run ({old[0].name}); continue it with "
-                "resume_from_checkpoint=True, choose another folder, or replace it with overwrite_output_dir=True"
-            )
-        for path in sorted(old, key=lambda path: path.name != FINISHED):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As `Trainer._run_epoch`, but a run that has taken all its steps takes none more."""

@@ -24,6 +24,7 @@ from prefmix.training import diagnostics, setup
 from prefmix.training.amortized_posterior import FIRST_LESSONS, AmortizedPosterior
 from prefmix.training.callbacks import EMCallback, MetricsFileCallback
 from prefmix.training.config import MixtureConfig
+from prefmix.training.early_warnings import warn_early
 from prefmix.training.em_state import EMState
 from prefmix.training.first_responsibilities import Start, first_responsibilities, resolve_init
 from prefmix.training.group_adversary import GroupAdversary
@@ -36,6 +37,7 @@ from prefmix.training.objective import Likelihoods, estep_function, held, likeli
 from prefmix.training.objectives import AbstractObjective, objective_of
 from prefmix.training.objectives.interface import objective_sums
 from prefmix.training.order import training_order
+from prefmix.training.parameter_groups import parameter_groups
 from prefmix.training.penalties import penalty
 from prefmix.training.persistence import AbstractCheckpointedTrainer
 from prefmix.training.placing import place
@@ -119,6 +121,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         args = MixtureConfig("prefmix_output") if args is None else args
         check_processes(args.world_size, args.num_processes)
         load_models_whole(args)
+        warn_early(args)
         self.base = setup.as_base_model(model, args, processing_class)
         tokenizer = setup.tokenizer_of(self.base)
         table, self.data_source = setup.as_table(train_dataset, tokenizer, args), source_name(train_dataset)
@@ -330,20 +333,10 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Experts at `learning_rate`, a trained trunk at `trunk_learning_rate`, the gate at `gate_learning_rate`."""
+        """Experts, a trained trunk and the gate, each at its own rate."""
         if self.optimizer is None:
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
-            shared = self.mixture.experts.shared_parameters()
-            known = {id(p) for p in shared}
-            experts = [p for p in self.mixture.experts.parameters() if p.requires_grad and id(p) not in known]
-            gate = [p for p in self.mixture.gate.parameters() if p.requires_grad]
-            groups = [{"params": experts, "weight_decay": self.args.weight_decay}]
-            if shared:
-                rate = self.args.trunk_learning_rate or self.args.learning_rate
-                groups.append({"params": shared, "weight_decay": self.args.weight_decay, "lr": rate})
-            if gate:
-                groups.append({"params": gate, "weight_decay": 0.0, "lr": self.args.gate_learning_rate})
-            self.optimizer = optimizer_class(groups, **options)
+            self.optimizer = optimizer_class(parameter_groups(self.mixture, self.args), **options)
             self.placement.watch(self.optimizer)
         return self.optimizer
 
