@@ -217,3 +217,20 @@ def test_interrupting_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr("prefmix.cli.env.run", interrupted)
     assert main(["env"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "verb", [["diagnose", "{}", "--no_refit"], ["adapt", "nowhere", "--user", "anna", "--data", "{}"]]
+)
+def test_verbs_that_read_rows_point_at_the_column_too_and_take_its_name(
+    verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "annotator_id": name} for name in ("anna", "bob", "anna")]
+    words = [word.format(_rows(tmp_path, rows)) for word in verb]
+    said = "warning: column 'annotator_id' (2 values) looks like who judged"
+    main(words)
+    assert capsys.readouterr().err.count(said) == 1
+    main([*words, "--user_column", "annotator_id"])
+    assert said not in capsys.readouterr().err
+    assert main([*words, "--user_column", "annotator"]) == 2
+    assert "no row has this column (user_column). Name 'annotator_id'." in capsys.readouterr().err

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from prefmix.data.errors import DataError
 from prefmix.data.validation import validate
 
 A, B, C = " blue", " green", " red"
@@ -70,9 +71,18 @@ def test_a_column_that_looks_like_who_judged_is_named_and_not_read(column: str):
     report = validate([row(A, B, **{column: name, "note": 1}) for name in ("anna", "bob", "anna", None)])
     assert report.unread_users == (
         f"column {column!r} (2 values) looks like who judged; rename it to 'user' (datasets: "
-        f"data.rename_column({column!r}, 'user')), or users cannot be told apart"
+        f"data.rename_column({column!r}, 'user'); on the command line: --user_column {column}), or users cannot be "
+        "told apart"
     )
     assert report.users == 0 and column in report.extra_columns
+
+
+def test_a_column_that_is_named_says_who_judged_and_one_that_no_row_has_is_refused():
+    rows = [row(A, B, annotator_id=name, user="somebody") for name in ("anna", "bob", "anna", None)]
+    report = validate(rows, user_column="annotator_id")
+    assert (report.users, report.rows_without_user, report.extra_columns, report.unread_users) == (2, 1, [], None)
+    with pytest.raises(DataError, match="'anotator_id': no row has this column .* Name 'annotator_id'"):
+        validate(rows, user_column="anotator_id")
 
 
 @pytest.mark.parametrize("more", [{"user": "anna", "annotator_id": "x"}, {"source": "web"}, {"annotator_id": None}])

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.data is None:
         raise ValueError(f"--user {args.user} without --data: give the user's comparisons")
-    rows = rows_of(args.user, read_checked_rows(args.data, args.split))
+    rows = rows_of(args.user, read_checked_rows(args.data, args.split, args.user_column))
     with stdout_is_for_results():
         policy = load_policy(args)
         policy.adapt(args.user, rows, save=args.save)
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _set_unknown(args: argparse.Namespace) -> None:
     """Prints the weights of somebody unknown, and keeps them where asked."""
-    rows = None if args.data is None else read_checked_rows(args.data, args.split)
+    rows = None if args.data is None else read_checked_rows(args.data, args.split, args.user_column)
     with stdout_is_for_results():
         policy = load_policy(args)
         policy.set_unknown_users(None if args.unknown == "gate" else args.unknown, rows, args.by)

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefmix.cli.loading import read_checked_rows
+from prefmix.cli.loading import add_columns, read_checked_rows
 from prefmix.cli.model_check import check_model
 from prefmix.cli.output import add_format, note, print_json, stdout_is_for_results
 from prefmix.cli.probe import train_command
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("data", help="rows with a `user` column (every format that `prefmix validate` reads)")
-    parser.add_argument("--split", help="which split, where the data has several")
+    add_columns(parser)
     parser.add_argument("--model", default="smollm2", help="base model whose states are pooled (default smollm2)")
     parser.add_argument("--max_k", type=int, default=8, help="largest number of groups to try")
     parser.add_argument("--folds", type=int, default=4, help="of users; each is held out once")
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     """Prints the table over K, draws the picture, and names the next command."""
     if args.max_k < 2:
         raise ValueError(f"--max_k {args.max_k}: at least 2, or there is nothing to choose")
-    rows = read_checked_rows(args.data, args.split)
+    rows = read_checked_rows(args.data, args.split, args.user_column)
     check_model(args.model)
     with stdout_is_for_results():
         report = _search(args, rows)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefmix.cli.loading import load_policy, read_checked_rows
+from prefmix.cli.loading import add_columns, load_policy, note_unread_users, read_checked_rows
 from prefmix.cli.output import add_format, note, print_json, stdout_is_for_results
 from prefmix.data.validation import read_checked
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("data", help="rows; with --policy better rows that it was not trained on")
-    parser.add_argument("--split", help="which split, where the data has several")
+    add_columns(parser)
     parser.add_argument("--policy", help="a trained policy, or the output of a run")
     parser.add_argument("--base", help="the policy's base model, where it has moved since training")
     parser.add_argument("--device", help="cpu, cuda, mps; default: the best there is")
@@ -45,12 +45,13 @@ def run(args: argparse.Namespace) -> None:
 def _rows(args: argparse.Namespace) -> Diagnosis:
     from prefmix.experiments.diagnose import diagnose_rows
 
-    checked = read_checked(args.data, args.split).checked
-    return diagnose_rows(checked.rows, args.data, refit=not args.no_refit, seed=args.seed)
+    found = read_checked(args.data, args.split, args.user_column)
+    note_unread_users(found.source.rows)
+    return diagnose_rows(found.checked.rows, args.data, refit=not args.no_refit, seed=args.seed)
 
 
 def _policy(args: argparse.Namespace) -> Diagnosis:
-    rows = read_checked_rows(args.data, args.split)
+    rows = read_checked_rows(args.data, args.split, args.user_column)
     policy = load_policy(args)  # before the imports: it says what takes so long
     from prefmix.evaluation.cached_states import StateCache
     from prefmix.experiments.diagnose import diagnose_policy

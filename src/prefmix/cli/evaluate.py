@@ -28,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the report; population (gate only) and personalised (posterior of each user) side by side."""
-    rows = read_checked_rows(args.data, args.split)
-    context = read_checked_rows(args.context) if args.context else None
+    """Prints figures, population (gate only) and personalised (posterior of each user), and what they mean."""
+    rows = read_checked_rows(args.data, args.split, args.user_column)
+    context = read_checked_rows(args.context, None, args.user_column) if args.context else None
     with stdout_is_for_results():
         policy = load_policy(args)  # before the imports: it says what takes so long
         from prefmix.evaluation.cached_states import StateCache

@@ -86,6 +86,9 @@ class RunFields:
         metadata={"help": "Training comparisons: .jsonl[.gz], .json, .csv, .parquet, a datasets folder, a hub name."},
     )
     train_split: str | None = field(default=None, metadata={"help": "Split of train_data where it has several."})
+    user_column: str | None = field(
+        default=None, metadata={"help": "Column of train_data and eval_data that names who judged; null: `user`."}
+    )
     eval_data: str | None = field(
         default=None, metadata={"help": "Held-out comparisons, scored during and after training (same formats)."}
     )

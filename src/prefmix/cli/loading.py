@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prefmix.cli.output import note
+from prefmix.data.unread_users import unread_columns, unread_users
 from prefmix.data.validation import read_checked
 from prefmix.policy.config import PolicyConfig
 from prefmix.policy.folder import CONFIG_FILE, find_policy
@@ -24,7 +26,13 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
 def add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds the rows that a verb reads."""
     parser.add_argument("--data", required=required, help="rows (every format that `prefmix validate` reads)")
+    add_columns(parser)
+
+
+def add_columns(parser: argparse.ArgumentParser) -> None:
+    """Adds which rows of a source are read, and whom they name."""
     parser.add_argument("--split", help="which split, where the data has several")
+    parser.add_argument("--user_column", help="column that names who judged (default: user)")
 
 
 def read_policy_config(args: argparse.Namespace) -> PolicyConfig:
@@ -50,10 +58,27 @@ def load_policy(args: argparse.Namespace) -> MixturePolicy:
     return MixturePolicy.from_pretrained(args.policy, base=args.base, device=args.device)
 
 
-def read_checked_rows(source: str, split: str | None = None) -> list[dict[str, Any]]:
+def read_checked_rows(
+    source: str, split: str | None = None, user_column: str | None = None, *, hint: bool = True
+) -> list[dict[str, Any]]:
     """Rows whose every mistake is known before a model is loaded.
+
+    Args:
+        source: a file, a folder or a name.
+        split: which split, where the source has several.
+        user_column: the column that names who judged; None: `user`.
+        hint: whether a line on stderr points at a column that looks like who judged, where no row names a user.
 
     Raises:
         DataError: all mistakes, each with its row.
     """
-    return read_checked(source, split).source.rows
+    rows = read_checked(source, split, user_column).source.rows
+    if hint:
+        note_unread_users(rows)
+    return rows
+
+
+def note_unread_users(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Says on stderr which column looks like who judged, where no row names a user."""
+    if (warning := unread_users(rows, unread_columns(rows))) is not None:
+        note(f"warning: {warning}")

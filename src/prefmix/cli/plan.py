@@ -39,10 +39,10 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
         ValueError: naming the file, row or field and the remedy.
     """
     values = recipe.values
-    train = validate(values["train_data"], split=values.get("train_split"))
+    train = validate(values["train_data"], values.get("train_split"), values.get("user_column"))
     plan: dict[str, Any] = {"train_data": _describe(values["train_data"], train)}
     if values.get("eval_data") is not None:
-        held_out = validate(values["eval_data"], split=values.get("eval_split"))
+        held_out = validate(values["eval_data"], values.get("eval_split"), values.get("user_column"))
         plan["eval_data"] = _describe(values["eval_data"], held_out)
     plan["model"] = check_model(
         values["model"], revision=values.get("model_revision"), trust_remote_code=values.get("trust_remote_code", False)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefmix.cli.loading import read_checked_rows
+from prefmix.cli.loading import add_columns, read_checked_rows
 from prefmix.cli.model_check import check_model
 from prefmix.cli.output import add_format, note, print_json, stdout_is_for_results
 from prefmix.training.options import MixtureOptions
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("data", help="rows (every format that `prefmix validate` reads); a `user` column finds groups")
-    parser.add_argument("--split", help="which split, where the data has several")
+    add_columns(parser)
     parser.add_argument("--model", default="smollm2", help="base model whose states are pooled (default smollm2)")
     parser.add_argument(
         "--num_experts",
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Reads every text once through the frozen trunk, then fits mixtures of linear rewards."""
-    rows = read_checked_rows(args.data, args.split)
+    rows = read_checked_rows(args.data, args.split, args.user_column)
     check_model(args.model)
     with stdout_is_for_results():
         report = _probe(args, rows)
@@ -67,6 +67,7 @@ def train_command(args: argparse.Namespace, num_experts: int) -> str:
     """`prefmix train` on the same rows and states; each flag is also a field of a recipe (`prefmix init`)."""
     words = ["prefmix", "train", "--model", args.model, "--train_data", args.data]
     words += ["--train_split", args.split] if args.split else []
+    words += ["--user_column", args.user_column] if args.user_column else []
     words += ["--output_dir", "out", "--num_experts", str(num_experts)]
     defaults = {option.name: option.default for option in dataclasses.fields(MixtureOptions)}
     for name in ("probe_dim", "probe_restarts", "max_length", "cache_dir"):

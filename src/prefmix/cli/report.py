@@ -8,7 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from prefmix.cli.loading import load_policy, read_checked_rows, read_policy_config
+from prefmix.cli.loading import add_columns, load_policy, read_checked_rows, read_policy_config
 from prefmix.cli.output import note, stdout_is_for_results
 
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("policy", metavar="run", help="the output of a training, or the folder of a policy")
     parser.add_argument("--data", help="held-out rows; without them the page has the log, the people and the cost")
-    parser.add_argument("--split", help="which split, where the data has several")
+    add_columns(parser)
     parser.add_argument("--output", default="report.html", help="where the page goes")
     parser.add_argument(
         "--against",
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Writes the page and prints where it is."""
     _check(args)
-    rows = None if args.data is None else read_checked_rows(args.data, args.split)
+    rows = None if args.data is None else read_checked_rows(args.data, args.split, args.user_column)
     with stdout_is_for_results():
         policy = load_policy(args)  # before the imports: it says what takes so long
         from prefmix.evaluation.cached_states import StateCache

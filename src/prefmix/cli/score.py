@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Scores every row under every expert and under the mixture."""
-    rows = read_checked_rows(args.data, args.split)
+    rows = read_checked_rows(args.data, args.split, args.user_column)
     with stdout_is_for_results():
         scores = load_policy(args).score(rows)
     lines = "".join(json.dumps(score, ensure_ascii=False) + "\n" for score in scores)

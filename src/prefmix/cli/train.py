@@ -68,7 +68,7 @@ def train(recipe: Recipe) -> dict[str, Any] | None:
         config = MixtureConfig(output_dir=values["output_dir"], **_with_evaluation(options, values))
     except ValueError as error:  # transformers' own rules, such as load_best_model_at_end without evaluation
         raise ValueError(str(error)) from error
-    held_out = values.get("eval_data")
+    held_out, who = values.get("eval_data"), values.get("user_column")
     trainer = MixtureTrainer(
         model=values["model"],
         args=config,

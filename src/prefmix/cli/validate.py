@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import shlex
 
+from prefmix.cli.loading import add_columns
 from prefmix.cli.output import add_format, note, print_json, print_pairs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("data", help="rows: .jsonl[.gz], .json, .csv, .parquet, a datasets folder, or a hub name")
-    parser.add_argument("--split", help="which split, where the data has several")
+    add_columns(parser)
     add_format(parser)
 
 
@@ -20,7 +21,7 @@ def run(args: argparse.Namespace) -> None:
     from prefmix.cli.plan import identity_warning
     from prefmix.data.validation import validate
 
-    report = validate(args.data, split=args.split)
+    report = validate(args.data, args.split, args.user_column)
     if args.format == "json":
         print_json(report.to_dict())
     else:

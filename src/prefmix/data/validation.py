@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from prefmix.data.errors import DataError, RowError
 from prefmix.data.readers import RowSource, Source, read_readable
 from prefmix.data.schema import CheckedRows, PreferenceRow, check_rows
-from prefmix.data.unread_users import unread_columns, unread_users
+from prefmix.data.unread_users import rows_by_user, unread_columns, unread_users
 
 
 @dataclass(frozen=True)
@@ -80,17 +80,20 @@ class CheckedSource(NamedTuple):
     checked: CheckedRows
 
 
-def read_checked(source: Source, split: str | None = None) -> CheckedSource:
+def read_checked(source: Source, split: str | None = None, user_column: str | None = None) -> CheckedSource:
     """Reads and checks rows; lines that are no rows at all do not hide the mistakes of the others.
 
     Args:
         source: everything that `readers.read_source` reads.
         split: which split, where the source has several.
+        user_column: the column that names who judged; None: `user`.
 
     Raises:
         DataError: all mistakes, each with place, field, value and remedy.
     """
     found = read_readable(source, split)
+    if user_column is not None and user_column != "user":
+        found = found._replace(rows=rows_by_user(found.rows, user_column, found.name))
     errors = list(found.unreadable)
     if found.rows or not errors:
         try:
@@ -107,17 +110,18 @@ def _place(error: RowError) -> int:
     return int(number.group()) if number else 0
 
 
-def validate(source: Source, split: str | None = None) -> ValidationReport:
+def validate(source: Source, split: str | None = None, user_column: str | None = None) -> ValidationReport:
     """Reads and checks rows, and counts what is in them.
 
     Args:
         source: everything that `readers.read_source` reads.
         split: which split, where the source has several.
+        user_column: the column that names who judged; None: `user`.
 
     Raises:
         DataError: all mistakes, each with place, field, value and remedy.
     """
-    found, checked = read_checked(source, split)
+    found, checked = read_checked(source, split, user_column)
     per_user = Counter(row.attributes.user for row in checked.rows if row.attributes.user is not None)
     weights = [row.attributes.weight for row in checked.rows]
     extra = unread_columns(found.rows)
