@@ -127,8 +127,12 @@ def test_evaluate(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main([*words, "--format", "json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "r.json").read_text())
+    assert printed["baselines"]["untrained"]["accuracy"]["mean"] == 0.5
     assert main(words) == 0
-    assert "population" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "population" in table and "longer response" in table
+    for finding in printed["findings"]:
+        assert f"{finding['check']}: {finding['what']}" in table
 
 
 @pytest.mark.parametrize(

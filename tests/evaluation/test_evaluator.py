@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -119,8 +120,12 @@ def test_population_and_known_users_equal_enumeration(make_policy: Callable[...,
     check(report.population, population)
     assert report.personalised is not None and report.num_known_rows == 8
     check(report.personalised, personal)
-    assert report.reference.accuracy.mean == pytest.approx(np.mean(reference))
-    assert report.reference.log_loss.mean == pytest.approx(math.log(2))
+    untrained, likelier, _ = report.baselines
+    assert likelier.accuracy.mean == pytest.approx(np.mean(reference))
+    assert math.isnan(likelier.log_loss.mean) and math.isnan(likelier.ece)
+    # No opinion is a tie in every row: half right by definition, whatever the reference finds likelier.
+    assert untrained.accuracy.mean == 0.5 and untrained.ece == 0.0
+    assert untrained.log_loss.mean == pytest.approx(math.log(2))
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -214,12 +219,42 @@ def test_report_is_json_and_readable(make_policy: Callable[..., MixturePolicy]) 
     table = report.table()
     assert "population (gate only)" in table and "personalised (12 rows of known users)" in table and "ARI" in table
     assert "worst group" in table
+    assert ": 1 context row " in table and "0 context rows" in table and "1 context rows" not in table
+    # 18 rows of the third person alone, unknown to the policy: what is shown to it is not scored.
+    assert "to show; with 0 shown it is the population's figure on these rows alone" in table
 
 
 def test_the_table_has_no_empty_column_where_rows_name_no_group(make_policy: Callable[..., MixturePolicy]) -> None:
     rows = [{**row, "group": None} for row in make_rows(["u0", "u1"], 6)]
     table = evaluate(make_policy(names=("u0", "u1")), rows).table()
     assert "worst group" not in table and "population (gate only)" in table
+
+
+def test_the_longer_response_has_more_tokens_and_ties_count_half(make_policy: Callable[..., MixturePolicy]) -> None:
+    policy = make_policy(names=("u0",))
+    rows = make_rows(["u0", "u1", "u2"], 6) + [{"prompt": "x", "chosen": " a", "rejected": " b", "user": "u0"}]
+    report = evaluate(policy, rows)
+    right = []
+    for row in rows:
+        chosen, rejected = (len(policy.tokenizer(row[side])["input_ids"]) for side in ("chosen", "rejected"))
+        right.append(1.0 if chosen > rejected else 0.5 if chosen == rejected else 0.0)
+    assert right[-1] == 0.5 and 0.0 in right and 1.0 in right
+    assert report.baselines.longer.accuracy.mean == pytest.approx(np.mean(right))
+    assert report.to_dict()["baselines"]["longer"]["log_loss"]["mean"] is None
+    line = next(line for line in report.table().splitlines() if line.startswith("longer response"))
+    assert len(line.split()) == 6  # two words of the name, the accuracy, its interval in two, the worst group
+
+
+def test_no_opinion_on_rankings_is_every_order_alike(make_policy: Callable[..., MixturePolicy]) -> None:
+    rows = [
+        {"prompt": "x", "ranking": [" a", " b c", " d"], "user": "u0"},
+        {"prompt": "y", "chosen": " a", "rejected": " b", "user": "u0"},
+    ]
+    policy = make_policy()
+    policy.config = replace(policy.config, label_noise=0.0)  # orders have no flipped labels
+    untrained = evaluate(policy, rows).baselines.untrained
+    assert untrained.log_loss.mean == pytest.approx((math.log(6) + math.log(2)) / 2)
+    assert untrained.accuracy.mean == 0.5
 
 
 def test_no_rows_is_an_error(make_policy: Callable[..., MixturePolicy], tiny_tokenizer: Any) -> None:

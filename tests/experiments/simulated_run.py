@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from prefmix.evaluation.baselines import Baselines
 from prefmix.evaluation.figures import Divergence, ExpertRows
 from prefmix.evaluation.intervals import paired_difference
 from prefmix.evaluation.metrics import hits
@@ -14,6 +15,7 @@ from prefmix.evaluation.scoring import Predictions
 from prefmix.experiments.diagnose_experts import ScoredRows, diagnose_scored
 from prefmix.experiments.diagnosis import Diagnosis
 from prefmix.experiments.run_data import Dispute, Example, GateView, People, RunData
+from prefmix.experiments.verdicts import verdicts
 
 NASTY = "</script><img src=x onerror=\"document.title='broken'\"> & 'quotes'"
 
@@ -56,6 +58,7 @@ def simulated_run(
         cost={"training, wall clock": "1 h 02 min", "peak memory": "2.00 GiB"},
         log=_log(num_experts, steps, rng),
         evaluation=evaluation,
+        verdicts=verdicts(evaluation),
         gains={"the gate alone": paired_difference(hits(mine), hits(theirs), user % 40)},
         people=People(weights, [f"user {u}" for u in range(num_users)], groups),
         gate=[GateView("By prompt", rows, "Each prompt."), GateView("By age", rows, "The gate alone.")],
@@ -71,7 +74,7 @@ def simulated_run(
 def _evaluation(
     probability: np.ndarray, weights: np.ndarray, group: np.ndarray, user: np.ndarray, num_users: int
 ) -> EvaluationReport:
-    num_experts = probability.shape[1]
+    num_experts, rng = probability.shape[1], np.random.default_rng(1)
     names = [f"taste {k}" for k in range(num_experts)]
 
     def predictions(w: np.ndarray) -> Predictions:
@@ -80,7 +83,9 @@ def _evaluation(
 
     population = predictions(np.full_like(weights, 1 / num_experts))
     ways = {
-        "reference": Predictions(np.full(len(user), -math.log(2)), np.zeros(len(user))),
+        "untrained": Predictions(np.full(len(user), -math.log(2)), np.zeros(len(user))),
+        "likelier": Predictions(np.full(len(user), np.nan), rng.normal(size=len(user))),
+        "longer": Predictions(np.full(len(user), np.nan), rng.normal(size=len(user)) - 0.3),
         "population": population,
         "personalised": predictions(weights),
     }
@@ -88,7 +93,8 @@ def _evaluation(
     blend = {n: predictions(weights * (n / 16) + (1 - n / 16) / num_experts) for n in (0, 1, 2, 4, 8, 16)}
     return EvaluationReport(
         name="this run", num_comparisons=len(user), num_users=num_users, num_texts=2 * len(user),
-        reference=found["reference"], population=found["population"], personalised=found["personalised"],
+        baselines=Baselines(*(found[name] for name in Baselines._fields)),
+        population=found["population"], personalised=found["personalised"],
         num_known_rows=len(user), new_users={n: figures(p, user, group, names) for n, p in blend.items()},
         new_users_met=True, expert_accuracy=[0.6] * num_experts, agreement=None, usage=weights.mean(axis=0).tolist(),
         predictions=ways, user=user,

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from prefmix.evaluation.baselines import Baselines
 from prefmix.evaluation.metrics import Agreement
 from prefmix.evaluation.report import EvaluationReport, figures
 from prefmix.evaluation.scoring import Predictions
@@ -24,7 +25,7 @@ def report(name: str, share_right: float, ari: float | None) -> EvaluationReport
     figure = figures(predictions, USER, GROUP, GROUPS)
     agreement = None if ari is None else Agreement(ari, ari, ari, 50)
     return EvaluationReport(
-        name, 500, 50, 10, figure, figure, figure, 500, {}, False, [0.5], agreement, [1.0],
+        name, 500, 50, 10, Baselines(figure, figure, figure), figure, figure, 500, {}, False, [0.5], agreement, [1.0],
         {"personalised": predictions}, USER,
     )  # fmt: skip
 

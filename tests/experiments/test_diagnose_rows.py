@@ -213,7 +213,7 @@ def test_rows_become_columns_and_a_diagnosis_with_plain_json() -> None:
     assert all(f.remedy for f in diagnosis.findings if f.level == "warning")
     entries = {entry["check"]: entry for entry in diagnosis.to_dict()["findings"]}
     assert entries["both directions"]["how_much"]["both_ways"] is None
-    assert diagnosis.text().startswith("rows: 0 warning(s)")
+    assert diagnosis.text().startswith("rows: 0 warnings")
     assert "-> let several users judge the same pairs" in diagnosis.text()
     messages = [{"role": "user", "content": "hi"}]
     chat = {"prompt": messages, "chosen": [{"role": "assistant", "content": "one two"}]}

@@ -35,13 +35,18 @@ def run(args: argparse.Namespace) -> None:
         policy = load_policy(args)  # before the imports: it says what takes so long
         from prefmix.evaluation.cached_states import StateCache
         from prefmix.evaluation.evaluator import evaluate
+        from prefmix.experiments.diagnose import learnt_noise
+        from prefmix.experiments.diagnosis import Diagnosis
+        from prefmix.experiments.verdicts import verdicts
 
         cache = StateCache(args.cache_states, args.cache_dir, progress=sys.stderr.isatty())
         report = evaluate(policy, rows, context_rows=context, cache=None if args.cache_states == "off" else cache)
+        said = Diagnosis("evaluation", verdicts(report, learnt_noise(policy)))
+    found = report.to_dict() | {"findings": said.to_dict()["findings"]}
     if args.output:
-        Path(args.output).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+        Path(args.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         note(f"wrote the report to {args.output}")
     if args.format == "json":
-        print_json(report.to_dict())
+        print_json(found)
     else:
-        print(report.table())
+        print("\n".join([report.table(), *said.lines()]))

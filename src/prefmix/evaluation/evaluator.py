@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefmix.data.comparisons import ComparisonTable
+from prefmix.evaluation.baselines import Baselines, baseline_predictions
 from prefmix.evaluation.cached_states import StateCache
 from prefmix.evaluation.metrics import Agreement, accuracy, agreement, usage
 from prefmix.evaluation.new_users import split_context
@@ -26,7 +27,6 @@ from prefmix.evaluation.scoring import (
     States,
     predict,
     read_texts,
-    reference_predictions,
     score_texts,
 )
 from prefmix.evaluation.weights import (
@@ -100,8 +100,9 @@ def evaluate(
     log_weights = known_user_log_weights(gate, latent, policy.users, scored.gate_log_weights, scored.known_user)
     if true_groups:
         log_weights, known = _one_hot_groups(table, policy.config.num_experts), np.ones(len(table), bool)
-    predictions = {
-        "reference": reference_predictions(scores),
+    config = policy.config
+    simple = baseline_predictions(scored.texts, scores, table, beta=config.beta, feedback=config.feedback_model)
+    predictions = simple | {
         "population": predict(population_log_weights(gate, scored.gate_log_weights), scores),
         "personalised": predict(log_weights, scores),
     }
@@ -116,7 +117,7 @@ def evaluate(
         num_comparisons=len(table),
         num_users=len(np.unique(table.user[table.user >= 0])),
         num_texts=len(np.unique(table.compared)),
-        reference=_figures(predictions["reference"], table, everything, seed),
+        baselines=Baselines(**{name: _figures(found, table, everything, seed) for name, found in simple.items()}),
         population=_figures(predictions["population"], table, everything, seed),
         personalised=_figures(predictions["personalised"], table, known, seed) if known.any() else None,
         num_known_rows=int(known.sum()),

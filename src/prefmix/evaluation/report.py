@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from prefmix.evaluation.baselines import Baselines
 from prefmix.evaluation.intervals import Estimate, cluster_bootstraps
 from prefmix.evaluation.metrics import Agreement, expected_calibration_error, hits
 from prefmix.evaluation.scoring import Predictions
@@ -20,8 +21,8 @@ class Figures:
 
     Attributes:
         accuracy: share ranked right, ties one half; interval over people.
-        log_loss: - mean log p, nats; interval over people.
-        ece: expected calibration error, ten equal-width bins of max(p, 1-p).
+        log_loss: - mean log p, nats; interval over people; nan of a rule that gives no probabilities.
+        ece: expected calibration error, ten equal-width bins of max(p, 1-p); nan of such a rule.
         by_group: accuracy in each true group, where rows name one.
     """
 
@@ -52,18 +53,18 @@ def figures(
     """Figures of B predictions.
 
     Args:
-        predictions: of B comparisons.
+        predictions: of B comparisons; log-probabilities of nan are those of a rule, which gives none.
         user: [B] the person, -1 where unknown (a cluster of its own).
         group: [B] index of the true group, -1 where unknown.
         groups: group names.
         seed: of the bootstrap.
     """
-    hits_B = hits(predictions.logit)
+    hits_B, is_rule = hits(predictions.logit), bool(np.isnan(predictions.log_prob).any())
     share, loss = cluster_bootstraps(np.column_stack([hits_B, -predictions.log_prob]), user, seed=seed)
     return Figures(
         accuracy=share,
         log_loss=loss,
-        ece=expected_calibration_error(predictions.logit),
+        ece=math.nan if is_rule else expected_calibration_error(predictions.logit),
         by_group={str(groups[g]): float(hits_B[group == g].mean()) for g in np.unique(group[group >= 0])},
     )
 
@@ -75,7 +76,7 @@ class EvaluationReport:
     Attributes:
         name: what the policy is called in tables.
         num_comparisons, num_users, num_texts: size of the evaluation set.
-        reference: the untrained reference (log pi_ref difference; log-loss log 2).
+        baselines: no opinion, the reference's likelihood, length.
         population: weights from the gate alone.
         personalised: posterior weights of users that the policy knows from training; None without such rows.
         num_known_rows: rows of known users.
@@ -92,7 +93,7 @@ class EvaluationReport:
     num_comparisons: int
     num_users: int
     num_texts: int
-    reference: Figures
+    baselines: Baselines
     population: Figures
     personalised: Figures | None
     num_known_rows: int
@@ -118,7 +119,7 @@ class EvaluationReport:
                 "num_users": self.num_users,
                 "num_texts": self.num_texts,
                 "num_known_rows": self.num_known_rows,
-                "reference": self.reference.to_dict(),
+                "baselines": self.baselines.to_dict(),
                 "population": self.population.to_dict(),
                 "personalised": self.personalised.to_dict() if self.personalised else None,
                 "new_users": {str(n): figure.to_dict() for n, figure in self.new_users.items()},
@@ -131,27 +132,48 @@ class EvaluationReport:
 
     def table(self) -> str:
         """Plain text for a terminal."""
-        rows = [("reference (untrained)", self.reference), ("population (gate only)", self.population)]
+        rows = [*self.baselines.rows(), ("population (gate only)", self.population)]
         if self.personalised is not None:
-            rows.append((f"personalised ({self.num_known_rows} rows of known users)", self.personalised))
+            known = counted(self.num_known_rows, "row")
+            rows.append((f"personalised ({known} of known users)", self.personalised))
         met = "known people, evidence hidden" if self.new_users_met else "new people"
-        rows += [(f"{met}: {n} context rows", figure) for n, figure in self.new_users.items()]
+        rows += [(f"{met}: {counted(n, 'context row')}", figure) for n, figure in self.new_users.items()]
         cells = [
-            [name, _interval(f.accuracy), f"{f.log_loss.mean:.3f}", f"{f.ece:.3f}", _optional(f.worst_group)]
+            [
+                name,
+                _interval(f.accuracy),
+                three_digits(f.log_loss.mean),
+                three_digits(f.ece),
+                three_digits(f.worst_group),
+            ]
             for name, f in rows
         ]
         header = ["", "accuracy [95% over people]", "log-loss", "ECE", "worst group"]
         if all(figure.worst_group is None for _, figure in rows):
             header, cells = header[:-1], [row[:-1] for row in cells]
-        lines = [
-            f"{self.name}: {self.num_comparisons} comparisons of {self.num_users} people over {self.num_texts} texts",
-            plain_table(header, cells),
-            "usage " + " ".join(f"{share:.2f}" for share in self.usage),
-        ]
+        people = counted(self.num_users, "person", "people")
+        sizes = f"{counted(self.num_comparisons, 'comparison')} of {people} over {counted(self.num_texts, 'text')}"
+        lines = [f"{self.name}: {sizes}", plain_table(header, cells)]
+        if self.new_users:
+            lines.append(new_users_note(self.new_users, met))
+        lines.append("usage " + " ".join(f"{share:.2f}" for share in self.usage))
         if self.agreement is not None:
             a = self.agreement
             lines.append(f"true groups: ARI {a.ari:.2f}, NMI {a.nmi:.2f}, matched accuracy {a.matched_accuracy:.2f}")
         return "\n".join(lines)
+
+
+def new_users_note(new_users: Mapping[int, Figures], called: str) -> str:
+    """Which rows the figures of new people are of, and why their 0 is not the population's figure."""
+    first = next(iter(new_users.values())).accuracy
+    rows = f"{counted(first.num_rows, 'row')} of {counted(first.clusters, 'person', 'people')}"
+    most = counted(max(new_users), "other row")
+    return f"{called}: {rows} who have {most} to show; with 0 shown it is the population's figure on these rows alone"
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """`1 row`, `1,200 rows`, `2 people`."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -182,5 +204,6 @@ def _interval(estimate: Estimate) -> str:
     return f"{estimate.mean:.3f}" if math.isnan(estimate.se) else str(estimate)
 
 
-def _optional(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def three_digits(value: float | None) -> str:
+    """As tables write a figure; empty where there is none."""
+    return "" if value is None or math.isnan(value) else f"{value:.3f}"

@@ -127,7 +127,7 @@ def predict(log_weights: Float[Tensor, "B K"], scores: RowScores) -> Predictions
 
 
 def reference_predictions(scores: RowScores) -> Predictions:
-    """The untrained reference: right where log pi_ref(y_w) > log pi_ref(y_l); its probability is 1/2 (m = 0).
+    """The reference as a rule, right where log pi_ref(y_w) > log pi_ref(y_l), with the log-loss of no opinion (m = 0).
 
     The logit is the sign alone, as of beta -> 0, so that calibration is judged by the same probability as log-loss.
     """

@@ -14,7 +14,7 @@ import numpy as np
 from prefmix.data.comparisons import ComparisonTable
 from prefmix.evaluation.evaluator import evaluate, score_table
 from prefmix.evaluation.new_users import split_context
-from prefmix.evaluation.scoring import Predictions, predict
+from prefmix.evaluation.scoring import Predictions, predict, reference_predictions
 from prefmix.evaluation.weights import context_log_weights, personalises, population_log_weights
 from prefmix.experiments.per_user import own_expert_log_weights
 from prefmix.experts.trunk_cache import TrunkStates
@@ -52,7 +52,7 @@ class Ways(NamedTuple):
     """Predictions of B comparisons by what is known of the person.
 
     Attributes:
-        reference: the untrained reference.
+        reference: the rule that takes the response which the reference finds likelier.
         population: nothing is known.
         personalised: what training taught of a known person; the population's where it taught nothing.
     """
@@ -94,8 +94,9 @@ def fitted_policy(
     """
 
     def ways(table: ComparisonTable, states: TrunkStates) -> Ways:
-        report = evaluate(policy, table, states=states, new_user_context=(), true_groups=true_groups)
-        return Ways(**{name: report.predictions[name] for name in Ways._fields})
+        scored = score_table(policy, table, states=states)
+        found = evaluate(policy, scored, new_user_context=(), true_groups=true_groups).predictions
+        return Ways(reference_predictions(scored.scores), found["population"], found["personalised"])
 
     def of_new_users(new: NewUsers, states: TrunkStates) -> dict[int, Predictions]:
         return new_user_predictions(policy, new, states, true_groups)

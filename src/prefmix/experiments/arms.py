@@ -92,7 +92,7 @@ def all_arms(num_experts: int = 2, num_groups: int | None = None) -> dict[str, A
 def _one_for_everybody() -> dict[str, Arm]:
     one = {"num_experts": 1, "init": "random"}
     return {
-        "reference": Arm("reference", method="reference", about="the base model as it is"),
+        "reference": Arm("reference", method="reference", about="the likelier response under the base model"),
         "single": Arm("single DPO", one, about="one expert for everybody", source="arXiv 2305.18290"),
         "robust": Arm(
             "robust DPO",

@@ -5,6 +5,7 @@ Legend: S seeds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,8 @@ class Comparison:
     def table(self) -> str:
         """Plain text: mean ± spread over seeds."""
         names = list(self.results[0].reports)
-        rows = [["reference (untrained)", *_columns([r.reports[names[0]].reference for r in self.results]), "", ""]]
+        simple = [dict(result.reports[names[0]].baselines.rows()) for result in self.results]
+        rows = [[label, *_columns([found[label] for found in simple]), "", ""] for label in simple[0]]
         for name in names:
             reports = [result.reports[name] for result in self.results]
             agreement = [report.agreement.ari if report.agreement else None for report in reports]
@@ -195,10 +197,15 @@ def run_seed(
 
 def _columns(figures: Sequence[Any]) -> list[str]:
     accuracy = mean_over_seeds([figure.accuracy.mean for figure in figures])
-    log_loss = mean_over_seeds([figure.log_loss.mean for figure in figures])
-    ece = mean_over_seeds([figure.ece for figure in figures])
+    log_loss = mean_over_seeds([_or_none(figure.log_loss.mean) for figure in figures])
+    ece = mean_over_seeds([_or_none(figure.ece) for figure in figures])
     worst = mean_over_seeds([figure.worst_group for figure in figures])
     return [str(accuracy), str(log_loss), str(ece), str(worst)]
+
+
+def _or_none(value: float) -> float | None:
+    """Rules give no probabilities, and so no log-loss."""
+    return None if math.isnan(value) else value
 
 
 def _ari(agreement: Any) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from prefmix.data.convarg import load_convarg
 from prefmix.evaluation.intervals import Estimate, paired_difference
 from prefmix.evaluation.metrics import hits
-from prefmix.evaluation.report import plain_table
+from prefmix.evaluation.report import plain_table, three_digits
 from prefmix.experiments.baselines import Splits, TrainedArm, standard_arms, table_states, tokenize_splits, train_arm
 from prefmix.experiments.probe_baseline import ProbeBaseline, probe_baseline
 from prefmix.experts.base_model import BaseModel
@@ -140,13 +140,13 @@ def people_table(result: PeopleResult) -> str:
     mixture, single = result.mixture.report, result.single.report
     assert mixture.personalised is not None
     rows = [
-        ("reference (untrained)", single.reference),
+        *single.baselines.rows(),
         ("single DPO", single.population),
         (f"mixture, K={len(mixture.usage)}: everybody alike", mixture.population),
         (f"mixture, K={len(mixture.usage)}: personalised", mixture.personalised),
         ("probe (linear rewards): personalised", result.probe.figures),
     ]
-    cells = [[name, str(f.accuracy), f"{f.log_loss.mean:.3f}", f"{f.ece:.3f}"] for name, f in rows]
+    cells = [[name, str(f.accuracy), three_digits(f.log_loss.mean), three_digits(f.ece)] for name, f in rows]
     header = ["", "held-out accuracy [95% over people]", "log-loss", "ECE"]
     usage = " ".join(f"{share:.2f}" for share in mixture.usage)
     return "\n".join([plain_table(header, cells), f"share of people by expert: {usage}", verdict(result)])

@@ -65,7 +65,7 @@ def diagnose_policy(
     """
     from prefmix.experiments.diagnose_experts import annotators, diagnose_scored
 
-    findings = diagnose_scored(scored_rows(policy, rows) if scored is None else scored, _learnt_noise(policy))
+    findings = diagnose_scored(scored_rows(policy, rows) if scored is None else scored, learnt_noise(policy))
     if policy.users.noise is not None:
         findings.append(annotators(policy.users.noise.numpy()))
     if cache is not None and policy.config.num_experts > 1:
@@ -73,7 +73,8 @@ def diagnose_policy(
     return Diagnosis(source, findings)
 
 
-def _learnt_noise(policy: MixturePolicy) -> LearntNoise | None:
+def learnt_noise(policy: MixturePolicy) -> LearntNoise | None:
+    """What training learnt of label noise; None where it was given."""
     from prefmix.experiments.diagnose_experts import LearntNoise
 
     config, each = policy.config, policy.users.noise is not None  # older policies say it by their users alone

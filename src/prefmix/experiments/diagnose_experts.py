@@ -203,7 +203,7 @@ def calibration(scored: ScoredRows, noise: LearntNoise | None = None, steps: int
     numbers = {"slope": slope, "standard_error": float(error), "ece": ece}
     what = f"logits should be multiplied by {slope:.2f} +- {error:.2f}; expected calibration error {ece:.3f}"
     if slope + 2 * error < 0.8:
-        remedy = f"too sure: {_for_sureness(noise)}, lower the number of epochs, or judge on held-out rows"
+        remedy = f"too sure: {for_sureness(noise)}, lower the number of epochs, or judge on held-out rows"
         return Finding("calibration", "warning", what, numbers, remedy)
     if slope - 2 * error > 1.25:
         lower = "lower label_noise" if noise is None else "a label_noise_prior with a lower mode"
@@ -211,7 +211,7 @@ def calibration(scored: ScoredRows, noise: LearntNoise | None = None, steps: int
     return Finding("calibration", "fine", what, numbers)
 
 
-def _for_sureness(noise: LearntNoise | None) -> str:
+def for_sureness(noise: LearntNoise | None) -> str:
     """Noise as given is given higher; where it is learnt, from rows that the experts came to fit, its prior is."""
     if noise is None:
         return "set or raise label_noise"

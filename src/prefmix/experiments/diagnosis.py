@@ -48,10 +48,14 @@ class Diagnosis(NamedTuple):
 
     def text(self) -> str:
         """For a terminal: warnings first, then notes, then what is fine."""
-        ordered = sorted(self.findings, key=lambda f: ("warning", "note", "fine").index(f.level))
-        lines = [f"{self.source}: {sum(f.level == 'warning' for f in self.findings)} warning(s)"]
-        for finding in ordered:
+        warnings = sum(finding.level == "warning" for finding in self.findings)
+        return "\n".join([f"{self.source}: {warnings} warning{'' if warnings == 1 else 's'}", *self.lines()])
+
+    def lines(self) -> list[str]:
+        """Each finding, warnings first, and its remedy where there is something to mend."""
+        lines = []
+        for finding in sorted(self.findings, key=lambda f: ("warning", "note", "fine").index(f.level)):
             lines.append(f"{_MARK[finding.level]}  {finding.check}: {finding.what}")
             if finding.remedy and finding.level != "fine":
                 lines.append(f"      -> {finding.remedy}")
-        return "\n".join(lines)
+        return lines

@@ -5,7 +5,6 @@ What it says comes from `RunData`; every picture is a function of `prefmix.evalu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -14,9 +13,11 @@ from importlib import resources
 from prefmix import __version__
 from prefmix.evaluation import figures
 from prefmix.evaluation.figures.canvas import Figure, expert_colour, expert_name, html_table
-from prefmix.evaluation.figures.quality import headline_rows
+from prefmix.evaluation.figures.quality import headline_rows, new_users_called
+from prefmix.evaluation.report import counted, new_users_note
 from prefmix.experiments.report_texts import disputes_html, examples_html, findings_html
 from prefmix.experiments.run_data import RunData
+from prefmix.experiments.verdicts import length_rule
 
 # Nothing is fetched, whatever a text in it says.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -73,10 +74,8 @@ def _head(data: RunData) -> str:
             for k in range(data.num_experts)
         )
         chips = f'<div class="chips"><span>Highlight in every figure</span>{pressed}</div>'
-    base = data.facts.get("base model", "")
-    eyebrow = escape(", ".join(part for part in (f"{data.num_experts} experts on {base}", read) if part))
-    if data.num_experts == 1:
-        eyebrow = eyebrow.replace("1 experts", "1 expert", 1)
+    experts = f"{counted(data.num_experts, 'expert')} on {data.facts.get('base model', '')}"
+    eyebrow = escape(", ".join(part for part in (experts, read) if part))
     return f'<p class="eyebrow">{eyebrow}</p><h1>{escape(data.name)}</h1>{_verdict(data)}{_tiles(data)}{chips}'
 
 
@@ -90,7 +89,7 @@ def _verdict(data: RunData) -> str:
     way = "knowing each person's training comparisons" if report.personalised is not None else "by the gate alone"
     rows = report.num_known_rows if report.personalised is not None else report.num_comparisons
     words = [
-        f"Of {rows:,} held-out comparisons it ranks {best.mean:.1%} as the person did, {way} "
+        f"Of {counted(rows, 'held-out comparison')} it ranks {best.mean:.1%} as the person did, {way} "
         f"(95% interval over people: {best.low:.1%} to {best.high:.1%})."
     ]
     compared = []
@@ -103,19 +102,20 @@ def _verdict(data: RunData) -> str:
         compared.append(f"{said} ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})")
     if compared:
         words.append(f"Paired over people, on all rows, that is {'; '.join(compared)}.")
-    if report.best.log_loss.mean > math.log(2):
-        words.append(
-            f"Its log-loss, {report.best.log_loss.mean:.3f}, is above a coin's 0.693: it is too sure of itself."
-        )
+    words += [f"{_capital(finding.what)}." for finding in data.verdicts]
+    words += [f"{_capital(finding.remedy)}." for finding in data.verdicts[:1] if finding.level == "warning"]
     return f'<p class="verdict">{escape(" ".join(words))}</p>'
+
+
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
 
 
 def _tiles(data: RunData) -> str:
     report = data.evaluation
     if report is None:
         return ""
-    entries = [("untrained reference", report.reference, "")]
-    entries += [(name, other.best, "") for name, other in data.against.items()]
+    entries = [(name, other.best, "") for name, other in data.against.items()]
     entries.append(("gate alone", report.population, "" if report.personalised is not None else "best"))
     if report.personalised is not None:
         entries.append(("personalised", report.personalised, "best"))
@@ -124,7 +124,9 @@ def _tiles(data: RunData) -> str:
         f"log-loss {f.log_loss.mean:.3f}</span></div>"
         for name, f, kind in entries
     )
-    return f'<div class="tiles">{tiles}</div>'
+    rule = length_rule(report)
+    length = f"<div><b>{rule.accuracy:.1%}</b><span>always the {rule.name} response</span></div>"
+    return f'<div class="tiles">{length}{tiles}</div>'
 
 
 def _quality(data: RunData) -> str:
@@ -132,7 +134,8 @@ def _quality(data: RunData) -> str:
     if report is None:
         return _absent(data, "quality")
     source = f" from {data.source}" if data.source else ""
-    sizes = f"{report.num_comparisons:,} by {report.num_users:,} people over {report.num_texts:,} texts"
+    people = counted(report.num_users, "person", "people")
+    sizes = f"{report.num_comparisons:,} by {people} over {counted(report.num_texts, 'text')}"
     intro = f"Held-out comparisons{source}: {sizes}."
     table = html_table(*headline_rows(report, data.against), kind="sortable")
     logits = {"gate alone": report.predictions["population"].logit}
@@ -142,7 +145,10 @@ def _quality(data: RunData) -> str:
     if len(report.new_users) > 1:
         drawn.append(figures.new_people(report.new_users, report.new_users_met))
     notes = [reason for part, reason in data.absent.items() if part.startswith("against ")]
-    return f"<p>{escape(intro)}</p>{table}{_grid(drawn)}" + "".join(
+    under = ""
+    if report.new_users:
+        under = f"<p>{escape(_capital(new_users_note(report.new_users, new_users_called(report))))}.</p>"
+    return f"<p>{escape(intro)}</p>{table}{under}{_grid(drawn)}" + "".join(
         f'<p class="absent">{escape(note)}.</p>' for note in notes
     )
 

@@ -16,7 +16,7 @@ import numpy as np
 from prefmix.evaluation.figures.experts import Divergence, ExpertRows
 from prefmix.evaluation.intervals import Estimate
 from prefmix.evaluation.report import EvaluationReport
-from prefmix.experiments.diagnosis import Diagnosis
+from prefmix.experiments.diagnosis import Diagnosis, Finding
 
 if TYPE_CHECKING:
     from prefmix.policy.mixture_policy import MixturePolicy
@@ -100,6 +100,7 @@ class RunData:
         log: lines of `metrics.jsonl`.
         evaluation: held-out figures.
         against: name -> figures of another policy on the same rows.
+        verdicts: what the figures mean beside length, a coin and the gate.
         gains: name -> how much better in accuracy the run is than it, paired over people.
         people: users.
         gate: mean weights by kinds of rows.
@@ -119,6 +120,7 @@ class RunData:
     log: Sequence[Mapping[str, Any]] = ()
     evaluation: EvaluationReport | None = None
     against: Mapping[str, EvaluationReport] = field(default_factory=dict)
+    verdicts: Sequence[Finding] = ()
     gains: Mapping[str, Estimate] = field(default_factory=dict)
     people: People | None = None
     gate: Sequence[GateView] = ()

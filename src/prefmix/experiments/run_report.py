@@ -20,12 +20,13 @@ from prefmix.evaluation.intervals import paired_difference
 from prefmix.evaluation.metrics import hits
 from prefmix.evaluation.report import EvaluationReport
 from prefmix.evaluation.weights import known_user_log_weights, personalises
-from prefmix.experiments.diagnose import diagnose_policy
+from prefmix.experiments.diagnose import diagnose_policy, learnt_noise
 from prefmix.experiments.diagnose_experts import ScoredRows
 from prefmix.experiments.diagnose_rows import row_columns
 from prefmix.experiments.report_examples import find_disputes, write_examples
 from prefmix.experiments.report_gate import gate_views
 from prefmix.experiments.run_data import People, RunData, cost_of, facts_of, read_log
+from prefmix.experiments.verdicts import verdicts
 from prefmix.experts.interface import ExpertLogProbs
 from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.policy.preferences import PreferenceScores, preference_scores
@@ -121,6 +122,7 @@ def _on_rows(
     scores = preference_scores(_all_texts(scored), table, config)
     experts = _expert_rows(scored, scores, weights)
     parts: dict[str, Any] = {"evaluation": evaluation, "experts": experts}
+    parts["verdicts"] = verdicts(evaluation, learnt_noise(policy), options.seed)
     probed = cache if options.probe else None
     known = _scored_rows(policy, rows, scored, scores, weights)
     parts["diagnosis"] = diagnose_policy(policy, rows, "the run", cache=probed, seed=options.seed, scored=known)
@@ -215,7 +217,6 @@ def _compared(
     found, logits = {}, {}
     if evaluation.personalised is not None:
         logits["the gate alone"] = evaluation.predictions["population"].logit
-    logits["the untrained reference"] = evaluation.predictions["reference"].logit
     mine = evaluation.predictions["personalised"].logit
     for name, load in against.items():
         found[name] = evaluate(load(), rows, name=name, cache=cache, seed=options.seed, new_user_context=())

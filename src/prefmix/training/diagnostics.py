@@ -104,11 +104,19 @@ def warn_of_overfitting(trainer: MixtureTrainer) -> None:
         before = f"{best:.3f} earlier in the run" if best < COIN else f"{COIN:.3f} of a coin"
         logger.warning(
             "prefmix: held-out log-loss ends at %.3f, worse than the %s: the experts have learnt these texts by heart, "
-            "and may write badly. Train fewer epochs (load_best_model_at_end keeps the best), halve learning_rate (now "
-            "%g), or set token_dropout=0.5 or sft_weight=0.5; `prefmix diagnose ROWS --policy RUN` says more",
-            *(last, before, trainer.args.learning_rate),
+            "and may write badly; %s; `prefmix diagnose ROWS --policy RUN` says more",
+            *(last, before, remedy_of_overfitting(trainer.args.learning_rate)),
         )
         return
+
+
+def remedy_of_overfitting(learning_rate: float | None = None) -> str:
+    """What to train otherwise; `learning_rate` as it was, where it is known."""
+    now = "" if learning_rate is None else f" (now {learning_rate:g})"
+    return (
+        f"train fewer epochs (load_best_model_at_end keeps the best), halve learning_rate{now}, or set "
+        "token_dropout=0.5 or sft_weight=0.5"
+    )
 
 
 def warn_of_overconfidence(trainer: MixtureTrainer) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from prefmix.evaluation.baselines import LABELS
 from prefmix.evaluation.figures.canvas import WIDTH, Canvas, Figure, number, ticks
 from prefmix.evaluation.figures.charts import LEFT, PLOT, RIGHT, Curve, Interval, interval_rows, line_chart
 from prefmix.evaluation.metrics import reliability
@@ -14,7 +15,8 @@ from prefmix.evaluation.report import EvaluationReport, Figures
 
 # None of them is the colour of an expert.
 COLOURS = {
-    "reference, untrained": "currentColor",
+    LABELS["likelier"]: "currentColor",
+    LABELS["longer"]: "currentColor",
     "gate alone": "var(--second,#7D858C)",
     "personalised": "var(--accent,#6B3FA0)",
 }
@@ -22,8 +24,8 @@ OTHER = "var(--third,#9C6B1E)"
 
 
 def ways(report: EvaluationReport, against: Mapping[str, EvaluationReport] | None = None) -> dict[str, Figures]:
-    """Names and figures of every way to choose weights, other policies on the same rows after the reference."""
-    found = {"reference, untrained": report.reference}
+    """Names and figures of every way to choose weights, other policies on the same rows after the baselines."""
+    found = dict(report.baselines.rows())
     found |= {name: other.best for name, other in (against or {}).items()}
     found["gate alone"] = report.population
     if report.personalised is not None:
@@ -32,8 +34,9 @@ def ways(report: EvaluationReport, against: Mapping[str, EvaluationReport] | Non
 
 
 def accuracy_by_way(report: EvaluationReport, against: Mapping[str, EvaluationReport] | None = None) -> Figure:
-    """Held-out accuracy of every way to choose weights, 95% intervals over people."""
+    """Held-out accuracy of every way to choose weights, 95% intervals over people; no opinion is the line of a coin."""
     entries = ways(report, against)
+    del entries[LABELS["untrained"]]
     points = [
         Interval(name, f.accuracy.mean, f.accuracy.low, f.accuracy.high, COLOURS.get(name, OTHER))
         for name, f in entries.items()
@@ -115,13 +118,18 @@ def headline_rows(
     header = ["", "accuracy [95% over people]", "log-loss", "calibration error", "worst group"]
     rows: list[list[str]] = []
     entries = ways(report, against)
-    met = "known people, hidden" if report.new_users_met else "new people"
-    entries |= {f"{met}: {n} shown": figure for n, figure in report.new_users.items()}
+    entries |= {f"{new_users_called(report)}: {n} shown": figure for n, figure in report.new_users.items()}
     for name, f in entries.items():
         worst = "–" if f.worst_group is None else f"{f.worst_group:.3f}"
+        loss, ece = ("–" if math.isnan(value) else f"{value:.3f}" for value in (f.log_loss.mean, f.ece))
         spread = str(f.accuracy) if math.isfinite(f.accuracy.se) else f"{f.accuracy.mean:.3f}"
-        rows.append([name, spread, f"{f.log_loss.mean:.3f}", f"{f.ece:.3f}", worst])
+        rows.append([name, spread, loss, ece, worst])
     return _without_empty_last(header, rows)
+
+
+def new_users_called(report: EvaluationReport) -> str:
+    """What the rows of new people are called in the headline table."""
+    return "known people, hidden" if report.new_users_met else "new people"
 
 
 def _without_empty_last(header: Sequence[str], rows: Sequence[list[str]]) -> tuple[list[str], list[list[str]]]:
