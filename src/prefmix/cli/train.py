@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     if args.format == "json":
         print_json(summary)
     else:
-        print_pairs(summary, title=f"Trained. Next: prefmix chat {summary['policy']}")
+        print_pairs(summary, title=f"Trained. Talk to it: prefmix chat {summary['policy']}")
 
 
 def train(recipe: Recipe) -> dict[str, Any] | None:
@@ -72,8 +72,10 @@ def train(recipe: Recipe) -> dict[str, Any] | None:
     trainer = MixtureTrainer(
         model=values["model"],
         args=config,
-        train_dataset=read_checked_rows(values["train_data"], values.get("train_split")),
-        eval_dataset=None if held_out is None else read_checked_rows(held_out, values.get("eval_split")),
+        train_dataset=read_checked_rows(values["train_data"], values.get("train_split"), who, hint=False),
+        eval_dataset=None
+        if held_out is None
+        else read_checked_rows(held_out, values.get("eval_split"), who, hint=False),
     )
     trainer.data_source = values["train_data"]
     follow(trainer)

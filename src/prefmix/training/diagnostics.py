@@ -1,10 +1,9 @@
-"""What a run says to people: the choices behind "auto", whether groups can be found, collapse, overconfidence."""
+"""What a run warns people of: groups that cannot be found, collapse, texts learnt by heart, overconfidence."""
 
 from __future__ import annotations
 
 import logging
 import math
-import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,20 +25,6 @@ PROMPT_DIRECTIONS = 16
 # Nats by which personalisation may lose before it is worth a line: less is the noise of a small held-out set.
 LOSS_MARGIN = 0.01
 COIN = math.log(2)  # nats of a coin
-
-
-def report_choices(trainer: MixtureTrainer) -> None:
-    """One line on standard error: what was chosen where the configuration said "auto", and the sizes."""
-    if not trainer.args.should_log:
-        return
-    table, args = trainer.train_comparisons.table, trainer.args
-    repeated = "chosen because most users have two or more rows" if trainer.latent == "user" else "one expert a row"
-    latent = f"latent={trainer.latent}" + (f" ({repeated})" if args.latent == "auto" else "")
-    init = f"init={trainer.init}" + (f" held for {args.init_hold_epochs:g} epochs" if args.init_hold_epochs else "")
-    sizes = f"{len(table)} comparisons of {len(table.texts)} texts by {len(table.users)} users"
-    print(
-        f"prefmix: {sizes}; {args.num_experts} experts, {latent}, gate={'+'.join(args.gate)}, {init}", file=sys.stderr
-    )
 
 
 def report_identifiability(trainer: MixtureTrainer) -> Identifiability | None:

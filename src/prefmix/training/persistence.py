@@ -27,6 +27,7 @@ from prefmix.data.collator import ComparisonDataset
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.training import checkpoint as store
+from prefmix.training.announcements import followers, report_end
 from prefmix.training.config import MixtureConfig
 from prefmix.training.em_state import EMState
 from prefmix.training.metrics_log import Meter
@@ -51,6 +52,7 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
         warm_steps: optimizer steps at the start in which every expert learns from every row.
         hold_steps: optimizer steps before experts decide responsibilities themselves.
         clock: since this process trains; None before.
+        followers: users with each expert in the policy saved last; None: before, or where users have no weights.
         data_source: what the model card calls the training rows; empty: nothing.
     """
 
@@ -62,6 +64,7 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
     warm_steps: int
     hold_steps: int
     clock: Clock | None = None
+    followers: list[int] | None = None
     data_source: str = ""
     _loop_state: dict[str, Tensor] | None = None
 
@@ -147,6 +150,7 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
         self.save_model(str(run_dir / POLICY))
         self.share_evidence()
         if self.args.should_save:
+            report_end(run_dir / POLICY, run_dir, self.followers)
             _write_json(run_dir / FINISHED, {"step": output.global_step, "max_steps": max_steps, **output.metrics})
         return output
 
@@ -156,7 +160,13 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
         # What training rows say is kept by user; without users nobody would read it.
         known = writes and len(cast(ComparisonDataset, self.train_dataset).table.users) > 0
         log_lik = self.refresh_evidence() if known else torch.empty(0, self.args.num_experts)
-        self.placement.save_policy(lambda: self.policy_of(log_lik), Path(output_dir or self.run_dir / POLICY))
+
+        def policy() -> MixturePolicy:
+            finished = self.policy_of(log_lik)
+            self.followers = followers(finished)
+            return finished
+
+        self.placement.save_policy(policy, Path(output_dir or self.run_dir / POLICY))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`, with the mean loss of the whole run, not of the part since it was resumed."""

@@ -22,6 +22,7 @@ from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.policy.user_state import UserState
 from prefmix.training import diagnostics, setup
 from prefmix.training.amortized_posterior import FIRST_LESSONS, AmortizedPosterior
+from prefmix.training.announcements import report_choices, report_start
 from prefmix.training.callbacks import EMCallback, MetricsFileCallback
 from prefmix.training.config import MixtureConfig
 from prefmix.training.early_warnings import warn_early
@@ -52,6 +53,7 @@ from prefmix.training.processes import (
     share_tensors,
     summed,
 )
+from prefmix.training.progress_lines import shorten_lines
 from prefmix.training.readings import Readings
 from prefmix.training.references import known_references
 from prefmix.training.result import build_policy, identity, running_users, training_log_lik
@@ -148,7 +150,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         # Trainer's name for a model that places itself and reduces its own gradients: it is not wrapped again.
         self.is_distributed_loading_by_transformers = self.placement.places_itself
         self._prepare_em(identity(args, self.base, table, self.latent))
-        diagnostics.report_choices(self)
+        report_choices(self)
 
     # --- the story --------------------------------------------------------------------------------------------------
 
@@ -307,6 +309,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         self.em.initial.copy_(resp)
         self.em.resp.copy_(resp)
         self.m_step_of_gate()
+        report_start(self, resp)
 
     def _experts_evidence(self) -> Tensor:
         """[G, K] what the experts as they are say of every group; the table of evidence is full afterwards."""
@@ -379,6 +382,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         network = self.em.amortized
         self._estep = estep_function(self.args.estep, self.args.gumbel_hard) if network is None else network.estep
         self.objective = objective_of(self)
+        shorten_lines(self.callback_handler)
         self.add_callback(EMCallback(self))
         self.add_callback(MetricsFileCallback(self.run_dir))
 
