@@ -264,6 +264,9 @@ def test_chat_answers_a_pipe_line_by_line_without_decoration(
         answers.append(capsys.readouterr().out)
     assert printed.out == "".join(answers)
     assert "known users" not in printed.err
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(asked)))
+    assert main(["chat", str(place / "out"), "--user", "u11", "--max_new_tokens", "1"]) == 0
+    assert capsys.readouterr().err.count("unknown users ['u11']") == 1, "said once, not at every turn"
 
 
 def test_metadata_that_no_gate_reads_is_refused_before_the_model_is_loaded(

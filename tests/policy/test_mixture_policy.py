@@ -89,6 +89,8 @@ def test_a_known_user_gets_the_posterior_and_others_the_gate(make_policy):
         torch.testing.assert_close(policy.weights(), gate)
     with pytest.warns(UserWarning, match="unknown users.*carol.*adapt"):
         torch.testing.assert_close(policy.weights(user="carol"), gate)
+    with pytest.warns(UserWarning, match=r"unknown users \['annna'\] \(did you mean 'anna'\?\) get"):
+        policy.weights(user="annna")
 
 
 def test_where_nothing_depends_on_users_a_name_changes_nothing(make_policy):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,7 @@ class Conversation:
         self.options = options
         self.messages: list[dict[str, str]] = []
         self.is_open = True
+        self._answered = False
 
     def say(self, line: str) -> None:
         """Answers a line, or obeys it where it is a command."""
@@ -76,7 +78,12 @@ class Conversation:
         self.messages.append({"role": "user", "content": line})
         chats = self.policy.tokenizer.chat_template is not None
         answer = ""
-        for piece in self.policy.generate(self.messages if chats else line, stream=True, **self.options):
+        with warnings.catch_warnings():
+            if self._answered:  # whoever is unknown is told once
+                warnings.filterwarnings("ignore", message="unknown users", category=UserWarning)
+            pieces = self.policy.generate(self.messages if chats else line, stream=True, **self.options)
+        self._answered = True
+        for piece in pieces:
             print(piece, end="", flush=True)
             answer += piece
         print()

@@ -19,6 +19,7 @@ from prefmix.mixture.membership import GaussianQ, MembershipRows
 from prefmix.mixture.posterior import posterior
 from prefmix.mixture.user_noise import Responsibilities
 from prefmix.policy.mixture_model import MixtureModel
+from prefmix.policy.near_names import near_name
 from prefmix.policy.personalization import map_user_offsets
 from prefmix.policy.prompt_states import pooled_prompt_states
 from prefmix.policy.user_state import UserState
@@ -275,8 +276,10 @@ class UserWeights(NamedTuple):
             return  # nobody has weights of their own
         unknown = sorted({str(user) for user in users if user is not None and self.users.index(user) < 0})
         if unknown:
+            meant = near_name(unknown[0], self.users.names) if len(unknown) == 1 else None
             warnings.warn(
-                f"unknown users {unknown[:5]}{' ...' if len(unknown) > 5 else ''} get the population's weights; "
+                f"unknown users {unknown[:5]}{' ...' if len(unknown) > 5 else ''}"
+                f"{'' if meant is None else f' (did you mean {meant!r}?)'} get the population's weights; "
                 "adapt(user, comparisons) learns a new user's",
                 UserWarning,
                 stacklevel=4,
