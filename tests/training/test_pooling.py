@@ -16,7 +16,7 @@ from prefmix.mixture.likelihoods.model import FeedbackModel
 from prefmix.mixture.linear_em import log_prior
 from prefmix.policy.mixture_model import MixtureOutput
 from prefmix.training.options import validate_options
-from prefmix.training.penalties import pooling_penalty
+from prefmix.training.penalties import expert_variance, pooling_like, pooling_of, pooling_penalty
 from prefmix.training.trainer import MixtureTrainer
 
 Make = Callable[..., MixtureTrainer]
@@ -112,6 +112,43 @@ def test_linear_experts_have_the_hierarchical_prior() -> None:
     whitened = c @ torch.linalg.cholesky(metric)
     one, none = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     torch.testing.assert_close(found, -log_prior(torch.zeros(1, experts), whitened[None], none, 1.0, one)[0])
+
+
+def test_a_prior_of_linear_rewards_and_its_pooling_are_one_prior_where_differences_are_isotropic() -> None:
+    """With sum_i a_i d_i d_i^T a multiple of the identity, they are equal exactly, not in trace alone."""
+    rng, experts, precision = np.random.default_rng(1), 3, 16.0
+    basis, _ = np.linalg.qr(rng.normal(size=(4, 4)))
+    difference, weight = torch.from_numpy(np.concatenate([3 * basis, 5 * basis])), torch.tensor([0.5] * 4 + [2.0] * 4)
+    c = torch.from_numpy(rng.normal(size=(experts, 4)))
+    pooling = pooling_like(precision, difference, weight, experts)
+    deviation = c - c.mean(0)
+    spread = (weight * expert_variance(difference @ c.T)).sum()
+    torch.testing.assert_close(pooling * spread, precision / 2 * deviation.square().sum())
+    twice = pooling_like(precision, torch.cat([difference, difference]), torch.cat([weight, weight]), experts)
+    assert twice == pytest.approx(pooling / 2)  # the whole prior keeps its strength
+    assert pooling_like(precision, 0 * difference, weight, experts) == 0.0
+
+
+def test_left_to_itself_the_strength_is_the_probes(make_trainer: Make, tmp_path: Path) -> None:
+    trainer = parted(make_trainer(latent="user", init="probe", beta=10.0))
+    strength = trainer.em.pooling
+    assert strength > 0
+    own, _ = step(trainer)
+    given, _ = step(parted(make_trainer(latent="user", init="probe", pooling=strength, beta=10.0)))
+    none, _ = step(parted(make_trainer(latent="user", init="probe", pooling=0.0, beta=10.0)))
+    torch.testing.assert_close(own, given)
+    assert float(own - none) == pytest.approx(strength * float(spread_of(trainer).detach()), rel=1e-3)
+    other = make_trainer(latent="user", init="probe")
+    other.em.load_state_dict(trainer.em.state_dict())
+    assert other.em.pooling == strength  # a resumed run does not probe again
+    assert parted(make_trainer(latent="user", init="random")).em.pooling == 0.0
+
+
+def test_where_it_is_not_asked_for_it_holds_only_what_can_be_held(make_trainer: Make) -> None:
+    assert pooling_of(make_trainer(num_experts=2).args, 0.3) == 0.3
+    assert pooling_of(make_trainer(num_experts=2, pooling=0.0).args, 0.3) == 0.0
+    assert pooling_of(make_trainer(num_experts=1).args, 0.3) == 0.0
+    assert pooling_of(make_trainer(num_experts=2, m_step="top").args, 0.3) == 0.0
 
 
 def test_strong_pooling_keeps_experts_together(make_trainer: Make, tmp_path: Path) -> None:

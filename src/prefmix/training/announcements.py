@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefmix.policy.mixture_policy import MixturePolicy
+from prefmix.training.penalties import pooling_of
 
 if TYPE_CHECKING:
     from prefmix.training.trainer import MixtureTrainer
@@ -48,7 +49,7 @@ def report_choices(trainer: MixtureTrainer) -> None:
 
 
 def report_start(trainer: MixtureTrainer, resp: Float[Tensor, "G K"]) -> None:
-    """The sizes of the groups that experts start from.
+    """The sizes of the groups that experts start from, and what holds experts together where nobody said how much.
 
     Args:
         trainer: of a fresh run.
@@ -60,7 +61,9 @@ def report_start(trainer: MixtureTrainer, resp: Float[Tensor, "G K"]) -> None:
     of_users = trainer.latent != "pair" and num_users > 0
     *others, last = _sizes(resp[:num_users] if of_users else resp)
     sizes = f"{', '.join(map(str, others))} and {counted(last, 'user' if of_users else 'row')}"
-    _say(f"groups to start from: {_FOUND_BY[trainer.init]} {sizes}")
+    held = pooling_of(trainer.args, trainer.em.pooling) if trainer.args.pooling is None else 0.0
+    pooled = f"; experts are held together as the probe's are, pooling={held:.2g}" if held else ""
+    _say(f"groups to start from: {_FOUND_BY[trainer.init]} {sizes}{pooled}")
 
 
 def followers(policy: MixturePolicy) -> list[int] | None:

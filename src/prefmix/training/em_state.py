@@ -5,7 +5,7 @@ Legend: R rows of the training set, B rows of a batch, G groups, K experts.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +16,9 @@ from prefmix.mixture.user_evidence import UserEvidence
 from prefmix.training.amortized_posterior import AmortizedPosterior
 from prefmix.training.group_adversary import GroupAdversary
 from prefmix.training.noise_state import NoiseState
+
+if TYPE_CHECKING:
+    from prefmix.training.first_responsibilities import Beginning
 
 
 class MeanResponsibility(NamedTuple):
@@ -43,6 +46,7 @@ class EMState:
         evidence: log-likelihoods of the training rows as of their last visit.
         initial: [G, K] first responsibilities, held during the first epochs.
         resp: [G, K] latest responsibilities.
+        pooling: how strongly the start asks for experts to be drawn together (`first_responsibilities`).
         group_weight: [G] n_g of the bound: summed row weights under `user`, 1 under `pair`.
         total_weight: summed weight of the training rows.
         q: of z_g under `latent="membership"`, [G, d] each, as of the last visit; None under the others.
@@ -64,6 +68,7 @@ class EMState:
         self.adversary: GroupAdversary | None = None
         self.initial = initial.clone()
         self.resp = initial.clone()
+        self.pooling = 0.0
         self.total_weight = float(weight.double().sum())
         self._row_group, self._row_weight = group, weight.double()
         summed = torch.zeros(num_groups, dtype=torch.float64, device=weight.device).index_add_(
@@ -73,6 +78,11 @@ class EMState:
         # Under `pair` a weight multiplies the whole bound of its row, the gate's term included.
         self._count = summed if per_pair else (summed > 0).double()
         self._per_count = torch.ones_like(summed) if per_pair else summed.clamp_min(torch.finfo(torch.float64).tiny)
+
+    def begin(self, found: Beginning) -> Float[Tensor, "G K"]:
+        """Keeps what a start asks for; gives its responsibilities."""
+        self.pooling = found.pooling
+        return found.resp
 
     def remember(self, group: Int[Tensor, "B"], log_q: Float[Tensor, "B K"]) -> None:
         """Keeps the responsibilities of the groups of a batch (rows of one group carry equal ones)."""
@@ -102,11 +112,12 @@ class EMState:
         return found if self.amortized is None else found | self.amortized.pop_gap()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Plain tensors: evidence (`table`, `visited`), `initial` and `resp`; `q_mean` and `q_log_std` where q is.
+        """Plain tensors: evidence (`table`, `visited`), `initial`, `resp`, `pooling`; where q is, its mean and log std.
 
         What is learnt of label noise, the E-step's network, groups' weights and beta's thresholds likewise.
         """
         state = {**self.evidence.state_dict(), "initial": self.initial.clone(), "resp": self.resp.clone()}
+        state["pooling"] = torch.tensor(self.pooling, dtype=torch.float64)
         if self.q is not None:
             state |= {"q_mean": self.q.mean.clone(), "q_log_std": self.q.log_std.clone()}
         for part in (self.noise, self.amortized, self.adversary):
@@ -127,6 +138,7 @@ class EMState:
         self.evidence.load_state_dict(state)
         self.initial.copy_(state["initial"])
         self.resp.copy_(state["resp"])
+        self.pooling = float(state["pooling"])
         if self.q is not None:
             self.q.mean.copy_(state["q_mean"])
             self.q.log_std.copy_(state["q_log_std"])

@@ -21,6 +21,7 @@ from prefmix.mixture.initialization import kmeans_resp, label_resp, random_resp
 from prefmix.mixture.posterior import posterior
 from prefmix.mixture.probe import fit_probe
 from prefmix.training.config import MixtureConfig
+from prefmix.training.penalties import pooling_like
 from prefmix.training.starting_experts import come_apart
 
 ResolvedInit = Literal["probe", "random", "kmeans", "labels", "experts"]
@@ -51,6 +52,18 @@ class Start(NamedTuple):
         return torch.Generator().manual_seed(self.args.seed)
 
 
+class Beginning(NamedTuple):
+    """Where training starts.
+
+    Attributes:
+        resp: [G, K] first responsibilities; rows sum to 1.
+        pooling: how strongly they ask for experts to be drawn together (`penalties`); 0: not.
+    """
+
+    resp: Tensor
+    pooling: float = 0.0
+
+
 def resolve_init(args: MixtureConfig, table: ComparisonTable) -> ResolvedInit:
     """`auto`: `experts` where they come trained and differ, else `probe` where some user has two rows, else the others.
 
@@ -66,8 +79,8 @@ def resolve_init(args: MixtureConfig, table: ComparisonTable) -> ResolvedInit:
     return "kmeans" if len(np.unique(table.prompt)) >= args.num_experts else "random"
 
 
-def first_responsibilities(init: ResolvedInit, start: Start) -> Float[Tensor, "G K"]:
-    """Responsibilities that are held while the experts have not parted yet; rows sum to 1.
+def first_responsibilities(init: ResolvedInit, start: Start) -> Beginning:
+    """Responsibilities that are held while the experts have not parted yet.
 
     Args:
         init: the initializer.
@@ -76,13 +89,17 @@ def first_responsibilities(init: ResolvedInit, start: Start) -> Float[Tensor, "G
     Raises:
         ValueError: the rows lack what the initializer reads.
     """
-    resp = INITIALIZERS[init](start)
-    assert resp.shape == (start.num_groups, start.args.num_experts)
-    return resp
+    found = INITIALIZERS[init](start)
+    assert found.resp.shape == (start.num_groups, start.args.num_experts)
+    return found
 
 
-def _probe(start: Start) -> Float[Tensor, "G K"]:
-    """Users' posteriors under a mixture of linear rewards; rows of one user share them under `pair` too."""
+def _probe(start: Start) -> Beginning:
+    """Users' posteriors under a mixture of linear rewards; rows of one user share them under `pair` too.
+
+    Its rewards are held by a ridge that held-out users chose, and experts that are trained afterwards by nothing: so
+    what they want differently is held as strongly as the probe holds it (`penalties.pooling_like`).
+    """
     table, states = start.table, start.states()
     lengths = torch.tensor([len(ids) for ids in table.texts.completion_ids])
     prompt = torch.from_numpy(table.texts.prompt_index)
@@ -100,10 +117,13 @@ def _probe(start: Start) -> Float[Tensor, "G K"]:
         generator=start.generator,
     )
     resp = torch.softmax(result.log_resp, dim=1)
-    return _of_groups(start, resp[torch.from_numpy(user_group)])
+    difference = pooled.features[table.chosen] - pooled.features[table.rejected]
+    precision = result.ridge + result.pooling
+    pooling = pooling_like(precision, difference, torch.from_numpy(table.weight), start.args.num_experts)
+    return Beginning(_of_groups(start, resp[torch.from_numpy(user_group)]), pooling)
 
 
-def _kmeans(start: Start) -> Float[Tensor, "G K"]:
+def _kmeans(start: Start) -> Beginning:
     """Clusters of prompts; a group has the mean prompt of its rows."""
     states = start.states().prompt_mean.float()
     prompt = torch.from_numpy(start.table.prompt)
@@ -118,26 +138,26 @@ def _kmeans(start: Start) -> Float[Tensor, "G K"]:
     group = torch.from_numpy(start.group)
     sums = torch.zeros(start.num_groups, states.shape[1]).index_add_(0, group, standardised[prompt])
     size = torch.bincount(group, minlength=start.num_groups).clamp(min=1).unsqueeze(1)
-    return kmeans_resp(sums / size, start.args.num_experts, start.generator)
+    return Beginning(kmeans_resp(sums / size, start.args.num_experts, start.generator))
 
 
-def _random(start: Start) -> Float[Tensor, "G K"]:
-    return random_resp(start.num_groups, start.args.num_experts, start.generator)
+def _random(start: Start) -> Beginning:
+    return Beginning(random_resp(start.num_groups, start.args.num_experts, start.generator))
 
 
-def _labels(start: Start) -> Float[Tensor, "G K"]:
+def _labels(start: Start) -> Beginning:
     """The true groups: the oracle."""
     labels = torch.from_numpy(start.table.group)
     if not (labels >= 0).any():
         raise ValueError("init='labels': no row has a `group`; add that column, or use init='probe'")
-    return _of_groups(start, label_resp(labels, start.args.num_experts))
+    return Beginning(_of_groups(start, label_resp(labels, start.args.num_experts)))
 
 
-def _experts(start: Start) -> Float[Tensor, "G K"]:
+def _experts(start: Start) -> Beginning:
     """Posteriors under the experts themselves, at equal weights."""
     evidence = start.evidence()
     uniform = torch.full_like(evidence, 1.0 / evidence.shape[1]).log()
-    return posterior(uniform, evidence).log_resp.exp().cpu()
+    return Beginning(posterior(uniform, evidence).log_resp.exp().cpu())
 
 
 def _of_groups(start: Start, row_resp: Float[Tensor, "B K"]) -> Float[Tensor, "G K"]:
@@ -147,7 +167,7 @@ def _of_groups(start: Start, row_resp: Float[Tensor, "B K"]) -> Float[Tensor, "G
     return resp
 
 
-INITIALIZERS: dict[ResolvedInit, Callable[[Start], Float[Tensor, "G K"]]] = {
+INITIALIZERS: dict[ResolvedInit, Callable[[Start], Beginning]] = {
     "probe": _probe,
     "kmeans": _kmeans,
     "random": _random,

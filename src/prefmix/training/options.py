@@ -125,10 +125,11 @@ class MixtureOptions(ReadingOptions, QuantizationOptions, MembershipOptions, Lik
     token_dropout: float = _field(
         0.0, "Share of completion tokens that a training step leaves out. 0.5 keeps heads from memorising few texts."
     )
-    pooling: float = _field(
-        0.0,
+    pooling: float | None = _field(
+        None,
         "Draws experts to what all share: this times a row's variance of margins over experts (nats^2) is added to its "
-        "loss. 0: none; large: one model K times. For users of few comparisons, whose experts differ less than noise.",
+        "loss. null: where the probe starts them, as strong as the prior that held-out users chose for the probe, else "
+        "0. 0: none; large: one model K times. For users of few comparisons, whose experts differ less than noise.",
     )
     # --- data ---------------------------------------------------------------------------------------------------------
     max_length: int | None = _field(1024, "Longest prompt plus completion in tokens (TRL's default).")
@@ -344,7 +345,7 @@ def _range_problems(values: Mapping[str, Any]) -> list[str]:
         ("init_hold_epochs", values["init_hold_epochs"] >= 0, "zero or more epochs"),
         ("probe_restarts", values["probe_restarts"] >= 1, "at least 1"),
         ("probe_dim", values["probe_dim"] >= 1, "at least 1"),
-        ("pooling", 0 <= values["pooling"] < float("inf"), "zero or more; 0 leaves experts independent"),
+        ("pooling", 0 <= (values["pooling"] or 0) < float("inf"), "zero or more; 0 leaves experts independent"),
         ("token_dropout", 0 <= values["token_dropout"] < 1, "at least 0 and below 1; 0 reads every token"),
         ("max_length", values["max_length"] is None or values["max_length"] >= 2, "at least 2 tokens, or null"),
     )  # fmt: skip

@@ -27,6 +27,7 @@ def penalty(
     resp: Float[Tensor, "B K"],
     beta: Float[Tensor, "K"],
     args: MixtureConfig,
+    pooling: float,
 ) -> Float[Tensor, ""] | float:
     """The terms that a configuration asks for, summed over the batch's rows, nats; 0 for none.
 
@@ -36,13 +37,22 @@ def penalty(
         resp: [B, K] responsibilities q_ik.
         beta: [K] beta_k.
         args: `pooling`, `sft_weight`.
+        pooling: what the start asks for.
     """
     found: Tensor | float = 0.0
-    if args.pooling:
-        found = found + args.pooling * pooling_penalty(output, inputs, beta=beta, model=args.feedback_model).sum()
+    strength = pooling_of(args, pooling)
+    if strength:
+        found = found + strength * pooling_penalty(output, inputs, beta=beta, model=args.feedback_model).sum()
     if args.sft_weight:
         found = found + args.sft_weight * sft_rows(output, inputs, resp, args.token_dropout).sum()
     return found
+
+
+def pooling_of(args: MixtureConfig, start: float) -> float:
+    """`args.pooling`, or where that is null what the start asks for, if all of several experts have a gradient."""
+    if args.pooling is not None:
+        return args.pooling
+    return start if args.num_experts > 1 and args.m_step == "all" else 0.0
 
 
 def pooling_penalty(
@@ -65,6 +75,28 @@ def pooling_penalty(
     rows = batch_rows(inputs, model)
     rewards = text_rewards(output.log_probs, output.ref_log_probs, beta, rows.num_tokens, model)
     return inputs["weight"].to(rewards.dtype) * expert_variance(rewards[rows.chosen] - rewards[rows.rejected])
+
+
+def pooling_like(
+    precision: float, difference: Float[Tensor, "B P"], weight: Float[Tensor, "B"], num_experts: int
+) -> float:
+    """The `pooling` that holds experts' differences as a linear mixture's prior of this precision holds its own.
+
+    Deviations e_k = c_k - mean_j c_j of linear rewards have the log prior -precision/2 sum_k |e_k|^2, and `pooling`
+    stands for -pooling sum_i a_i sum_k (e_k . d_i)^2 / K: two metrics, made equal in trace,
+
+        pooling = precision K P / (2 sum_i a_i |d_i|^2),
+
+    so the whole prior keeps its strength and a row's share of it falls as rows are added.
+
+    Args:
+        precision: of the linear rewards' deviations (`mixture.linear_em`: ridge + pooling).
+        difference: [B, P] d_i of the comparisons.
+        weight: [B] a_i.
+        num_experts: K.
+    """
+    spread = float((weight * difference.square().sum(dim=1)).sum())
+    return precision * num_experts * difference.shape[1] / (2 * spread) if spread > 0 else 0.0
 
 
 def expert_variance(margins: Float[Tensor, "B K"]) -> Float[Tensor, "B"]:

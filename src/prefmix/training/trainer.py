@@ -168,7 +168,7 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         lik = self._likelihoods(output, inputs)
         batch = self.objective.bound(model, inputs, output, lik)
         prior = self.mixture.gate.log_prior() * inputs["weight"].sum() / self.em.total_weight
-        prior = prior - penalty(output, inputs, batch.q.resp, self._beta, self.args)
+        prior = prior - penalty(output, inputs, batch.q.resp, self._beta, self.args, self.em.pooling)
         loss = -(self.em.weigh(inputs, batch.bound).sum() + prior) * self.readers.number / num_items_in_batch
         self.meter.add(objective_sums(batch, output, lik, inputs))
         self.guard.observe_batch(inputs["row"], lik.log_lik, batch.log_weights, loss)
@@ -304,7 +304,10 @@ class MixtureTrainer(AbstractCheckpointedTrainer):
         if self.init == "experts":
             evidence = self._experts_evidence()  # of all processes, where only all together can run the experts
             start = start._replace(evidence=lambda: evidence)
-        resp = from_first_process(self.accelerator, self.em.initial, lambda: first_responsibilities(self.init, start))
+        resp = from_first_process(
+            self.accelerator, self.em.initial, lambda: self.em.begin(first_responsibilities(self.init, start))
+        )
+        self.em.pooling = share_object(self.accelerator, self.em.pooling)
         self.share_evidence()
         self.em.initial.copy_(resp)
         self.em.resp.copy_(resp)
