@@ -97,6 +97,7 @@ def comparison(args: argparse.Namespace) -> CompareSettings:
             "per_device_train_batch_size": 48,
             "expert_rank": 8,
             "token_dropout": 0.5,
+            "pooling": 0.0,  # as its results were made
             "lr_scheduler_type": "constant_with_warmup",
             "warmup_steps": 5,
             "probe_restarts": 4,

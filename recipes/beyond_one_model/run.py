@@ -141,7 +141,7 @@ class Study:
         test = camp_expectation(self._args.users)
         arms = {
             "1": {"num_experts": 1, "latent": "user"},
-            "2, user": {"num_experts": 2, "latent": "user", "init": "probe"},
+            "2, user": {"num_experts": 2, "latent": "user", "init": "probe", "pooling": 0.0},
             "2, pair": {"num_experts": 2, "latent": "pair"},
         }
         for arm, options in arms.items():

@@ -193,6 +193,7 @@ def _options(args: argparse.Namespace, base: BaseModel) -> dict[str, Any]:
         "learning_rate": args.learning_rate,
         "expert_rank": 16,
         "init_hold_epochs": args.hold,
+        "pooling": 0.0,  # as its results were made
         "group_texts": True,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 3,

@@ -29,7 +29,7 @@ from prefmix.experts.base_model import BaseModel, load_base
 
 ARMS = (
     Arm("single DPO", {"num_experts": 1, "init": "random"}),
-    Arm("mixture", {"num_experts": 2, "init": "probe"}),
+    Arm("mixture", {"num_experts": 2, "init": "probe", "pooling": 0.0}),  # as its results were made
 )
 
 

@@ -34,7 +34,7 @@ class Comparisons(NamedTuple):
 
 def methods(num_objectives: int) -> dict[str, Arm]:
     """Single DPO on the union, mixtures that see user ids, per-objective DPO, and the mixture that sees nobody."""
-    many = {"num_experts": num_objectives}
+    many = {"num_experts": num_objectives, "pooling": 0.0}  # as its results were made
     arms = [
         Arm(SINGLE, {"num_experts": 1, "init": "random"}),
         Arm(MIXTURE, many | {"init": "probe"}),

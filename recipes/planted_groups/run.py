@@ -112,6 +112,7 @@ def _options(args: argparse.Namespace, base: BaseModel) -> dict[str, Any]:
         "head": args.head,
         "weight_decay": args.weight_decay,
         "token_dropout": args.token_dropout,
+        "pooling": 0.0,  # as its results were made
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": 5,
         "probe_dim": args.probe_dim,

@@ -122,6 +122,7 @@ def _fit(kind: str, rate: float, splits: Splits, base: BaseModel, task: Task, fo
         "num_train_epochs": task.epochs,
         "per_device_train_batch_size": task.batch_size,
         "token_dropout": 0.5,  # without it all kinds memorise few texts
+        "pooling": 0.0,  # as its results were made
         "cache_dir": str(states),
     }
     arm = Arm(f"{kind}-{rate:g}", options | KINDS[kind].options)
