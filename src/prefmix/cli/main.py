@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 a failure of ours or of the machine, 2 a mistake in the co
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
@@ -18,6 +19,7 @@ from typing import NoReturn, TextIO
 
 from prefmix import __version__
 from prefmix.cli.recipe import field_suggestion, suggestion
+from prefmix.data.stages import stages_shown
 
 VERBS = {
     "demo": "train, compare and talk to mixtures on real rows that ship with the package",
@@ -38,6 +40,8 @@ VERBS = {
     "export": "write an expert as an adapter or a model, or the mixture for a multi-LoRA server",
     "env": "print versions and devices",
 }
+# Verbs that train and score many times, and say themselves where they are.
+TALKING = ("demo", "train", "compare")
 EXAMPLES = """examples:
   prefmix demo
   prefmix init && prefmix train recipe.yaml --num_experts 2
@@ -138,7 +142,8 @@ def _dispatch(words: list[str]) -> int:
         print(f"error: unknown verb {verb!r}{suggestion(verb, VERBS)}; one of: {', '.join(VERBS)}", file=sys.stderr)
         return 2
     args = verb_parser(verb).parse_exact(words[1:])
-    return import_module(f"prefmix.cli.{verb}").run(args) or 0
+    with stages_shown() if verb not in TALKING else contextlib.nullcontext():
+        return import_module(f"prefmix.cli.{verb}").run(args) or 0
 
 
 def _top_help() -> str:

@@ -9,6 +9,8 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from prefmix.data.stages import bar_size
+
 # Log name -> what the line calls it.
 _TRAINING = {"loss": "loss", "rewards/accuracies": "accuracy", "mixture/responsibility_entropy": "entropy"}
 _HELD_OUT = {"accuracy": "accuracy", "population_accuracy": "population", "loss": "loss"}
@@ -23,7 +25,9 @@ class ShortProgress(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Starts the bar where the run starts."""
         if state.is_world_process_zero:
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", file=sys.stderr)
+            self._bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", file=sys.stderr, **bar_size()
+            )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Moves the bar."""

@@ -16,6 +16,7 @@ from prefmix.data.comparisons import ComparisonTable, RankedTexts, TextTable
 from prefmix.data.errors import DataError, RowError
 from prefmix.data.responses import Content
 from prefmix.data.schema import CheckedRows, PreferenceRow, check_rows, numbered
+from prefmix.data.stages import bar_size
 from prefmix.data.text_table import SplitText, TextTableBuilder, TruncationMode, common_prefix_length
 
 if TYPE_CHECKING:
@@ -242,7 +243,7 @@ class _Encoder:
         from tqdm.auto import tqdm
 
         # disable=None: silent where stderr is not a terminal
-        return tqdm(items, desc=text, disable=None if self._progress else True, leave=False)
+        return tqdm(items, desc=text, disable=None if self._progress else True, leave=False, **bar_size())
 
 
 def _table(

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from prefmix.data.comparisons import ComparisonTable, TextTable
+from prefmix.data.stages import stage
 from prefmix.experts.interface import AbstractExperts, ExpertLogProbs, PackedStates
 from prefmix.mixture.bradley_terry import mixture_log_lik
 from prefmix.mixture.likelihoods.feedback import (
@@ -246,12 +247,14 @@ def _cached_log_probs(
     log_probs = torch.empty(len(used), experts.num_experts)
     ref_log_probs = torch.empty_like(log_probs)
     ends = np.cumsum([len(texts.completion_ids[i]) for i in used])
-    for positions in np.split(np.arange(len(used)), np.flatnonzero(np.diff(ends // tokens_per_chunk)) + 1):
-        packed = states.gather(used[positions])
-        hidden, targets, segments = (packed[name].to(device) for name in ("hidden", "targets", "segments"))
-        output = experts(PackedStates(hidden, targets, segments, len(positions)))
-        log_probs[positions] = output.log_probs.float().cpu()
-        ref_log_probs[positions] = output.ref_log_probs.float().cpu()
+    with stage("scoring texts", len(used), "text") as done:
+        for positions in np.split(np.arange(len(used)), np.flatnonzero(np.diff(ends // tokens_per_chunk)) + 1):
+            packed = states.gather(used[positions])
+            hidden, targets, segments = (packed[name].to(device) for name in ("hidden", "targets", "segments"))
+            output = experts(PackedStates(hidden, targets, segments, len(positions)))
+            log_probs[positions] = output.log_probs.float().cpu()
+            ref_log_probs[positions] = output.ref_log_probs.float().cpu()
+            done(len(positions))
     return ExpertLogProbs(log_probs, ref_log_probs)
 
 

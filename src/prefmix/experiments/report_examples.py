@@ -5,16 +5,15 @@ Legend: B rows, U users, K experts, C answers.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from prefmix.data.comparisons import ComparisonTable, TextTable
 from prefmix.data.schema import check_rows
+from prefmix.data.stages import stage
 from prefmix.evaluation.figures.experts import Divergence
 from prefmix.experiments.run_data import Dispute, Example
 from prefmix.policy.generation import PRODUCT
@@ -95,7 +94,7 @@ def write_examples(
     settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "return_details": True}
     examples, responses = [], [[] for _ in range(num_experts)]  # type: tuple[list[Example], list[list[Any]]]
     total = len(prompts) * (num_experts + 1)
-    with tqdm(total=total, unit="answer", file=sys.stderr, disable=not options.progress, desc="writing") as bar:
+    with stage("writing answers", total, "answer", progress=options.progress) as done:
         for i, prompt in enumerate(prompts):
             answers: list[Response] = []
             for k in range(num_experts):
@@ -105,11 +104,11 @@ def write_examples(
                 )
                 responses[k] += [(prompt, response) for response in written]
                 answers.append(written[0])
-                bar.update()
+                done(1)
             blend = policy.gate_weights(prompt).tolist()
             mixed = policy.generate([prompt], decoder=together, weights=blend, seed=seed + i, **settings)
             answers += mixed if num_experts > 1 else []
-            bar.update()
+            done(1)
             examples.append(_example(policy, prompt, answers, weights))
     return Written(examples, [_divergence(policy, k, found) for k, found in enumerate(responses)])
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from prefmix.data.comparisons import TextTable
+from prefmix.data.stages import stage
 from prefmix.data.text_table import common_prefix_length
 from prefmix.experts.interface import PackedStates, PaddedTexts
 from prefmix.experts.reading import padded_states
@@ -75,17 +75,19 @@ def read_texts(
         texts: N texts.
         text_ids: [M] which of them to read, each once.
         tokens_per_batch: tokens in a batch, at least one text; by default what suits the device.
-        progress: whether a bar counts tokens on stderr.
+        progress: whether a bar counts tokens on stderr (where stages are shown, it does so anyhow).
     """
+    if not len(text_ids):
+        return  # a new reader tries its layouts on the model, which costs two passes
     lengths = np.array([len(p) + len(c) for p, c in zip(texts.prompt_ids, texts.completion_ids, strict=True)])
     device = model.get_output_embeddings().weight.device
     tokens_per_batch = tokens_per_batch or _TOKENS_PER_BATCH.get(device.type, 16384)
     reader = TextReader(model)
     batches = _neighbours(texts, text_ids, tokens_per_batch) if reader.shares else None
-    with tqdm(total=int(lengths[text_ids].sum()), unit="tok", desc="reading texts", disable=not progress) as bar:
+    with stage("reading texts", int(lengths[text_ids].sum()), "tok", progress=progress) as done:
         for batch in batches or _batches(lengths, text_ids, tokens_per_batch):
             yield _read_batch(model, reader, texts, batch, device)
-            bar.update(int(lengths[batch].sum()))
+            done(int(lengths[batch].sum()))
 
 
 def read_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "P D"]:

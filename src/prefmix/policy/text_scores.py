@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefmix.data.comparisons import TextTable
+from prefmix.data.stages import stage
 from prefmix.experts.interface import AbstractExperts, ExpertLogProbs, PaddedTexts
 from prefmix.experts.text_pass import pad_texts
 from prefmix.policy.generation import blend
@@ -30,11 +31,13 @@ def text_log_probs(experts: AbstractExperts, texts: TextTable, *, tokens_per_bat
     device = next(experts.parameters()).device
     log_probs = torch.empty(len(texts), experts.num_experts)
     ref_log_probs = torch.empty_like(log_probs)
-    for rows in length_batches(texts, tokens_per_batch):
-        padded = PaddedTexts(*(tensor.to(device) for tensor in pad_texts(texts, rows)))
-        output = experts(padded)
-        log_probs[rows] = output.log_probs.float().cpu()
-        ref_log_probs[rows] = output.ref_log_probs.float().cpu()
+    with stage("scoring texts", len(texts), "text") as done:
+        for rows in length_batches(texts, tokens_per_batch):
+            padded = PaddedTexts(*(tensor.to(device) for tensor in pad_texts(texts, rows)))
+            output = experts(padded)
+            log_probs[rows] = output.log_probs.float().cpu()
+            ref_log_probs[rows] = output.ref_log_probs.float().cpu()
+            done(len(rows))
     return ExpertLogProbs(log_probs, ref_log_probs)
 
 
