@@ -48,7 +48,8 @@ def test_a_policy_on_rows(place: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main([*words, "--cache_dir", str(place / "cache"), "--format", "json"]) == 0
     found = {entry["check"]: entry for entry in json.loads(capsys.readouterr().out)["findings"]}
     checks = ["collapse", "length split", "displacement", "noise or minority", "calibration", "restart agreement"]
-    assert list(found) == checks
+    assert list(found) == [*checks, "writing"]
+    assert found["writing"]["how_much"]["kl_per_token_0"] > -0.1
     # Two kinds of people who want opposite texts: every good restart says who is who.
     assert found["restart agreement"]["how_much"]["ari"] > 0.9
 

@@ -46,7 +46,8 @@ def test_a_run_with_rows_becomes_a_page(place: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.strip().endswith("a.html")
     page = (place / "a.html").read_text(encoding="utf-8")
     for said in ("Who is with whom", "Usage: mean", "Reliability", "By user_age", "True groups",
-                 "KL(π_k", "Disputes", "the mixture, first for", "not clearly different from itself", "zoe3",
+                 "KL(π_k", "Disputes", "the mixture, first for", "the reference, first for", "<b>Writing</b>",
+                 "not clearly different from itself", "zoe3",
                  "peak memory"):  # fmt: skip
         assert said in page, said
     assert str(place) not in page, page[max(page.index(str(place)) - 80, 0) :][:200]

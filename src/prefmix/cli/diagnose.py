@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, mps; default: the best there is")
     parser.add_argument("--no_refit", action="store_true", help="do not plant groups on the rows' design (seconds)")
     parser.add_argument("--no_probe", action="store_true", help="do not compare restarts of the probe (with --policy)")
+    parser.add_argument("--no_writing", action="store_true", help="do not let experts write (with --policy; seconds)")
     parser.add_argument("--probe_dim", type=int, default=64, help="principal directions of the probe")
     parser.add_argument("--cache_dir", help="folder of cached trunk states; default: the user's cache folder")
     parser.add_argument("--seed", type=int, default=0, help="of permutations, invented answers and restarts")
@@ -57,4 +58,7 @@ def _policy(args: argparse.Namespace) -> Diagnosis:
     from prefmix.experiments.diagnose import diagnose_policy
 
     cache = None if args.no_probe else StateCache("disk", args.cache_dir, progress=sys.stderr.isatty())
-    return diagnose_policy(policy, rows, args.policy, cache=cache, probe_dim=args.probe_dim, seed=args.seed)
+    writes = not args.no_writing
+    return diagnose_policy(
+        policy, rows, args.policy, cache=cache, probe_dim=args.probe_dim, seed=args.seed, writes=writes
+    )

@@ -6,11 +6,14 @@ Legend: N texts, P prompts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from prefmix.evaluation.rewards import words
+
+_Part = TypeVar("_Part", bound=Hashable)
 
 
 def distinct_share(texts: Sequence[str], n: int = 2) -> float:
@@ -24,7 +27,12 @@ def distinct_share(texts: Sequence[str], n: int = 2) -> float:
 
 def repetition(text: str, n: int = 3) -> float:
     """Share of a text's n-grams of words that stood in it before, in [0, 1); 0 where it has none."""
-    grams = _grams(text, n)
+    return repeated_share(words(text), n)
+
+
+def repeated_share(parts: Sequence[Hashable], n: int = 3) -> float:
+    """Share of the n-grams of a sequence (words, or tokens) that stood in it before, in [0, 1); 0 where it has none."""
+    grams = _runs(parts, n)
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
@@ -57,5 +65,8 @@ def _dice(first: Counter[tuple[str, ...]], second: Counter[tuple[str, ...]]) -> 
 
 
 def _grams(text: str, n: int) -> list[tuple[str, ...]]:
-    tokens = words(text)
-    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return _runs(words(text), n)
+
+
+def _runs(parts: Sequence[_Part], n: int) -> list[tuple[_Part, ...]]:
+    return [tuple(parts[i : i + n]) for i in range(len(parts) - n + 1)]

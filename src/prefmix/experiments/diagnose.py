@@ -50,6 +50,7 @@ def diagnose_policy(
     restarts: int = 8,
     seed: int = 0,
     scored: ScoredRows | None = None,
+    writes: bool = True,
 ) -> Diagnosis:
     """Checks a trained policy on rows, better on rows that it was not trained on.
 
@@ -60,8 +61,9 @@ def diagnose_policy(
         cache: where pooled states are found for the probe's restarts; None: the probe is left out.
         probe_dim: principal directions of the probe.
         restarts: of the probe.
-        seed: of the restarts.
+        seed: of the restarts and of what experts write.
         scored: what `scored_rows` would give, where it is known already.
+        writes: whether experts write a few responses, which takes seconds.
     """
     from prefmix.experiments.diagnose_experts import annotators, diagnose_scored
 
@@ -70,6 +72,11 @@ def diagnose_policy(
         findings.append(annotators(policy.users.noise.numpy()))
     if cache is not None and policy.config.num_experts > 1:
         findings += _probe_restarts(policy, rows, cache, probe_dim, restarts, seed)
+    if writes:
+        from prefmix.experiments.diagnose_writing import writing
+
+        written = writing(policy, rows, seed=seed)
+        findings += [] if written is None else [written]
     return Diagnosis(source, findings)
 
 

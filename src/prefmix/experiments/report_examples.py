@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from prefmix.data.comparisons import ComparisonTable, TextTable
-from prefmix.data.schema import check_rows
 from prefmix.data.stages import stage
 from prefmix.evaluation.figures.experts import Divergence
+from prefmix.evaluation.reference import reference_policy
+from prefmix.experiments.diagnose_writing import written_prompts
 from prefmix.experiments.run_data import Dispute, Example
 from prefmix.policy.generation import PRODUCT
 from prefmix.policy.mixture_policy import MixturePolicy
@@ -75,7 +76,7 @@ def find_disputes(
 def write_examples(
     policy: MixturePolicy, rows: Sequence[Mapping[str, Any]], weights: np.ndarray | None, options: ReportOptions
 ) -> Written | None:
-    """Answers of every expert and of all together to a few prompts, drawn from the policy itself (temperature 1).
+    """Answers of every expert, of all together and of the reference to a few prompts, drawn at temperature 1.
 
     Args:
         policy: what writes.
@@ -86,14 +87,17 @@ def write_examples(
     Returns:
         None where prompts are token ids.
     """
-    prompts = _prompts(policy, rows, options.examples)
+    prompts = written_prompts(policy, rows, options.examples)
     if prompts is None:
         return None
     num_experts, seed = policy.config.num_experts, options.seed
     together = PRODUCT if policy.decoder == PRODUCT else "mixture"
     settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "return_details": True}
     examples, responses = [], [[] for _ in range(num_experts)]  # type: tuple[list[Example], list[list[Any]]]
-    total = len(prompts) * (num_experts + 1)
+    reference = reference_policy(policy)
+    writers = [f"expert {k}" for k in range(num_experts)] + [_together(policy)] * (num_experts > 1)
+    writers += [] if reference is None else ["the reference"]
+    total = len(prompts) * (num_experts + 1 + (reference is not None))
     with stage("writing answers", total, "answer", progress=options.progress) as done:
         for i, prompt in enumerate(prompts):
             answers: list[Response] = []
@@ -109,23 +113,20 @@ def write_examples(
             mixed = policy.generate([prompt], decoder=together, weights=blend, seed=seed + i, **settings)
             answers += mixed if num_experts > 1 else []
             done(1)
-            examples.append(_example(policy, prompt, answers, weights))
+            if reference is not None:
+                answers += reference.generate([prompt], seed=seed + i, **settings)
+                done(1)
+            examples.append(_example(policy, prompt, writers, answers, weights))
     return Written(examples, [_divergence(policy, k, found) for k, found in enumerate(responses)])
 
 
-def _prompts(policy: MixturePolicy, rows: Sequence[Mapping[str, Any]], count: int) -> list[Prompt] | None:
-    checked = check_rows(rows, keep_ties=policy.config.feedback_model.keeps_ties)
-    if checked.form == "tokenized":
-        return None
-    distinct: dict[str, Any] = {}
-    for row in checked.rows:
-        distinct.setdefault(repr(row.responses.prompt), row.responses.prompt)
-    found = [prompt for prompt in distinct.values() if prompt]
-    places = np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int)
-    return [found[i] for i in dict.fromkeys(places.tolist())]
-
-
-def _example(policy: MixturePolicy, prompt: Prompt, answers: Sequence[Response], weights: np.ndarray | None) -> Example:
+def _example(
+    policy: MixturePolicy,
+    prompt: Prompt,
+    writers: Sequence[str],
+    answers: Sequence[Response],
+    weights: np.ndarray | None,
+) -> Example:
     """Who prefers which: each expert's score of every answer, and the share of users who would put it first."""
     num_experts, texts = policy.config.num_experts, _texts(policy, [(prompt, a) for a in answers])
     log_probs = text_log_probs(policy.model.experts, texts)
@@ -136,7 +137,6 @@ def _example(policy: MixturePolicy, prompt: Prompt, answers: Sequence[Response],
     if weights is not None and policy.config.feedback_model.likelihood == "mbt":
         first = (weights @ score).argmax(axis=1)
         people = (np.bincount(first, minlength=len(answers)) / len(first)).tolist()
-    writers = [f"expert {k}" for k in range(num_experts)] + [_together(policy)] * (len(answers) - num_experts)
     shown = prompt if isinstance(prompt, str) else "\n".join(f"{m.get('role')}: {m.get('content')}" for m in prompt)
     return Example(clip(shown), writers, [clip(a.text) for a in answers], score.tolist(), people)
 

@@ -75,7 +75,7 @@ class Example(NamedTuple):
 
     Attributes:
         prompt: as text.
-        writers: C names: each expert, and the mixture.
+        writers: C names: each expert, the mixture, and the reference.
         answers: C texts.
         score: K rows of C: how often expert k prefers the answer to another of these.
         people: C shares of users whose weights put this answer first; empty where no users are known.
