@@ -7,9 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from prefmix.cli.main import main
+from prefmix.evaluation.cached_states import StateCache
+from prefmix.experiments.diagnose import scored_rows
+from prefmix.experiments.read_rows import cached_rows
+from prefmix.policy.mixture_policy import MixturePolicy
 
 LOVED = [" I loved the film.", " it was great.", " The film was great, I loved it."]
 HATED = [" I hated the film.", " it was bad.", " The film was bad, I hated it."]
@@ -58,3 +63,12 @@ def test_mistakes_in_rows_are_named(place: Path, capsys: pytest.CaptureFixture[s
     (place / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n', encoding="utf-8")
     assert main(["diagnose", str(place / "bad.jsonl")]) == 2
     assert "rejected" in capsys.readouterr().err
+
+
+def test_scores_from_cached_states_are_those_of_the_policy(place: Path) -> None:
+    policy = MixturePolicy.from_pretrained(place / "out")
+    rows = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
+    expected = scored_rows(policy, rows)  # `policy.score`, which reads token ids
+    found = cached_rows(policy, rows, StateCache("disk", place / "cache"))
+    for name, values in expected._asdict().items():
+        np.testing.assert_allclose(getattr(found, name), values, atol=1e-4, err_msg=name)

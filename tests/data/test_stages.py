@@ -25,6 +25,9 @@ def test_a_library_is_silent_and_a_log_gets_one_line(
     with stages_shown():
         _three(total=0)
     assert capsys.readouterr().err == ""
+    with stages_shown(), stage("writing", 2, "text"):
+        _three()
+    assert capsys.readouterr().err == "writing: 2 text ...\n", "a stage speaks for those within it"
     with stages_shown():
         _three()
     assert capsys.readouterr().err == "reading texts: 3 text ...\n"

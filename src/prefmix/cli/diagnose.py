@@ -48,6 +48,8 @@ def _rows(args: argparse.Namespace) -> Diagnosis:
 
     found = read_checked(args.data, args.split, args.user_column)
     note_unread_users(found.source.rows)
+    if not args.no_refit:
+        note("planting opposed groups on these users and pairs, to see whether they would be found ...")
     return diagnose_rows(found.checked.rows, args.data, refit=not args.no_refit, seed=args.seed)
 
 

@@ -26,7 +26,7 @@ def stages_shown() -> Iterator[None]:
 
 @contextmanager
 def stage(what: str, total: int, unit: str, *, progress: bool = False) -> Iterator[Callable[[int], object]]:
-    """Yields a function that is told how many of `total` are done since the last call.
+    """Yields a function that is told how many of `total` are done since the last call; stages within it are silent.
 
     Args:
         what: what is done, such as "reading texts".
@@ -36,15 +36,19 @@ def stage(what: str, total: int, unit: str, *, progress: bool = False) -> Iterat
     """
     wanted = (progress or _SHOWN.get()) and total > 0
     drawn = sys.stderr.isatty() or (progress and not os.environ.get("TQDM_DISABLE"))  # notebooks are no terminals
-    if not (wanted and drawn):
+    token = _SHOWN.set(False)
+    try:
+        if wanted and drawn:
+            from tqdm.auto import tqdm
+
+            with tqdm(total=total, unit=unit, desc=what, file=sys.stderr, **bar_size()) as bar:
+                yield bar.update
+            return
         if wanted:
             print(f"{what}: {total:,} {unit} ...", file=sys.stderr, flush=True)
         yield lambda done: None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, unit=unit, desc=what, file=sys.stderr, **bar_size()) as bar:
-        yield bar.update
+    finally:
+        _SHOWN.reset(token)
 
 
 def bar_size() -> dict[str, int]:

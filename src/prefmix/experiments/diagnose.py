@@ -58,7 +58,8 @@ def diagnose_policy(
         policy: the policy.
         rows: preference rows.
         source: what the diagnosis calls the policy.
-        cache: where pooled states are found for the probe's restarts; None: the probe is left out.
+        cache: where states of texts are found, for scores and the probe's restarts; None: texts are read anew and the
+            probe is left out.
         probe_dim: principal directions of the probe.
         restarts: of the probe.
         seed: of the restarts and of what experts write.
@@ -67,6 +68,10 @@ def diagnose_policy(
     """
     from prefmix.experiments.diagnose_experts import annotators, diagnose_scored
 
+    if scored is None and cache is not None:
+        from prefmix.experiments.read_rows import cached_rows
+
+        scored = cached_rows(policy, rows, cache)  # the probe's restarts read the same texts
     findings = diagnose_scored(scored_rows(policy, rows) if scored is None else scored, learnt_noise(policy))
     if policy.users.noise is not None:
         findings.append(annotators(policy.users.noise.numpy()))

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-from prefmix.data.schema import check_rows
 from prefmix.evaluation.cached_states import StateCache
 from prefmix.evaluation.evaluator import ScoredTable, evaluate, score_table
 from prefmix.evaluation.figures.experts import ExpertRows
@@ -21,13 +19,11 @@ from prefmix.evaluation.metrics import hits
 from prefmix.evaluation.report import EvaluationReport
 from prefmix.evaluation.weights import known_user_log_weights, personalises
 from prefmix.experiments.diagnose import diagnose_policy, learnt_noise
-from prefmix.experiments.diagnose_experts import ScoredRows
-from prefmix.experiments.diagnose_rows import row_columns
+from prefmix.experiments.read_rows import all_texts, rows_of_texts
 from prefmix.experiments.report_examples import find_disputes, write_examples
 from prefmix.experiments.report_gate import gate_views
 from prefmix.experiments.run_data import People, RunData, cost_of, facts_of, read_log
 from prefmix.experiments.verdicts import verdicts
-from prefmix.experts.interface import ExpertLogProbs
 from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.policy.preferences import PreferenceScores, preference_scores
 from prefmix.policy.user_weights import UserWeights
@@ -119,15 +115,13 @@ def _on_rows(
     gate, latent = policy.model.gate, config.latent
     log_weights = known_user_log_weights(gate, latent, policy.users, scored.gate_log_weights, scored.known_user)
     weights = log_weights.exp().numpy()
-    scores = preference_scores(_all_texts(scored), table, config)
+    scores = preference_scores(all_texts(scored), table, config)
     experts = _expert_rows(scored, scores, weights)
     parts: dict[str, Any] = {"evaluation": evaluation, "experts": experts}
     parts["verdicts"] = verdicts(evaluation, learnt_noise(policy), options.seed)
     probed = cache if options.probe else None
-    known = _scored_rows(policy, rows, scored, scores, weights)
-    parts["diagnosis"] = diagnose_policy(
-        policy, rows, "the run", cache=probed, seed=options.seed, scored=known, writes=options.examples > 0
-    )
+    known = rows_of_texts(policy, rows, scored, scores, weights)
+    parts["diagnosis"] = diagnose_policy(policy, rows, "the run", cache=probed, seed=options.seed, scored=known)
     parts["gate"] = gate_views(policy, scored, weights)
     if config.num_experts == 1:
         absent["gate"] = "one expert: there is nothing to choose"
@@ -145,40 +139,13 @@ def _on_rows(
     return parts | {"examples": written.examples, "divergence": written.divergence}
 
 
-def _all_texts(scored: ScoredTable) -> ExpertLogProbs:
-    """Log-probabilities at their place among all texts of the table; nan where no row names one."""
-    used, found = scored.texts
-    full = [torch.full((len(scored.table.texts), found.log_probs.shape[1]), torch.nan) for _ in range(2)]
-    for target, values in zip(full, found, strict=True):
-        target[torch.from_numpy(used)] = values
-    return ExpertLogProbs(*full)
-
-
 def _expert_rows(scored: ScoredTable, scores: PreferenceScores, weights: np.ndarray) -> ExpertRows:
-    table, log_probs = scored.table, _all_texts(scored)
+    table, log_probs = scored.table, all_texts(scored)
     tokens = np.array([len(ids) for ids in table.texts.completion_ids], dtype=np.float64)
     shift = (log_probs.log_probs.double() - log_probs.ref_log_probs.double()).numpy() / tokens[:, None]
     length = np.log(tokens[table.chosen]) - np.log(tokens[table.rejected])
     rewards = scores.rewards_chosen.double().numpy(), scores.rewards_rejected.double().numpy()
     return ExpertRows(*rewards, shift[table.chosen], shift[table.rejected], weights, length, table.user)
-
-
-def _scored_rows(
-    policy: MixturePolicy, rows: Rows, scored: ScoredTable, scores: PreferenceScores, weights: np.ndarray
-) -> ScoredRows:
-    """As `diagnose.scored_rows`, from texts that have been read."""
-    checked = check_rows(rows, keep_ties=policy.config.feedback_model.keeps_ties).rows
-    position = {row.source_row: row for row in checked}
-    columns = row_columns([position[row] for row in scored.table.source_row.tolist()])
-    length = np.log(np.maximum(columns.length, 1))
-    return ScoredRows(
-        scores.rewards_chosen.double().numpy(),
-        scores.rewards_rejected.double().numpy(),
-        scores.log_prob.double().exp().numpy(),
-        weights,
-        columns.user,
-        length[columns.chosen] - length[columns.rejected],
-    )
 
 
 def _people(policy: MixturePolicy, scored: ScoredTable | None, names: bool, absent: dict[str, str]) -> People | None:
