@@ -121,7 +121,9 @@ def _on_rows(
     parts["verdicts"] = verdicts(evaluation, learnt_noise(policy), options.seed)
     probed = cache if options.probe else None
     known = rows_of_texts(policy, rows, scored, scores, weights)
-    parts["diagnosis"] = diagnose_policy(policy, rows, "the run", cache=probed, seed=options.seed, scored=known)
+    parts["diagnosis"] = diagnose_policy(
+        policy, rows, "the run", cache=probed, seed=options.seed, scored=known, writes=options.examples > 0
+    )
     parts["gate"] = gate_views(policy, scored, weights)
     if config.num_experts == 1:
         absent["gate"] = "one expert: there is nothing to choose"
