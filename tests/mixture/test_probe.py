@@ -4,7 +4,7 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from prefmix.mixture.probe import fit_probe, probe_log_lik, probe_predict
+from prefmix.mixture.probe import fit_probe, gain_over_one, probe_log_lik, probe_predict
 
 TEXTS, FEATURES = 300, 16
 
@@ -167,3 +167,20 @@ def test_groups_that_share_most_of_their_taste_are_pooled_and_opposed_ones_are_n
     opposed = fit_probe(features, chosen, rejected, group, 60, 2, ridge=1.0, pooling=None, generator=_generator())
     assert opposed.pooling <= 16.0
     assert fit_probe(features, chosen, rejected, group, 60, 1, ridge=1.0, pooling=None).pooling == 0.0
+
+
+def test_held_out_groups_prefer_two_rewards_where_tastes_are_opposed_and_not_where_they_are_one():
+    gains = []
+    for tastes in (OPPOSED, _tastes(1)):
+        features, *columns, _ = _planted(tastes, 60, 8)
+        result = fit_probe(features, *columns, 60, 2, restarts=2, generator=_generator())
+        gain = gain_over_one(result, features, *columns, generator=_generator())
+        assert result.held_out is not None and (result.held_out < 0).all()
+        gains.append(gain)
+        alone = fit_probe(features, *columns, 60, 1, generator=_generator())
+        assert alone.held_out is not None
+        expected = (result.held_out - alone.held_out).mean()
+        assert gain.mean == pytest.approx(float(expected), abs=1e-2), "the same folds"
+    opposed, alike = gains
+    assert opposed.z > 5 and opposed.mean > 1
+    assert alike.z < 2

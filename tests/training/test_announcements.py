@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from prefmix.mixture.held_out import Gain
 from prefmix.policy.mixture_policy import MixturePolicy
-from prefmix.training.announcements import counted, followers
+from prefmix.training.announcements import counted, followers, gain_line
 from prefmix.training.trainer import MixtureTrainer
 
 Make = Callable[..., MixtureTrainer]
@@ -48,9 +49,19 @@ def test_what_has_no_groups_or_no_users_names_none(
 ) -> None:
     make_trainer(max_steps=1, **fields).train()
     first, *middle, end = lines(capsys)
+    *middle, gain = [*middle, None] if fields.get("init") != "probe" else middle
+    assert gain is None or "predicted better by 2 groups than by one" in gain
     if start is None:
         assert not middle
     else:
         assert re.search(start, middle[0])
     assert ("with expert 0" in end) == who
     assert "1 experts" not in first
+
+
+def test_groups_that_held_out_users_do_not_bear_out_are_said_so() -> None:
+    assert gain_line(Gain(0.5, 3.0), 2).startswith(
+        "held-out comparisons are predicted better by 2 groups than by one (+0.50"
+    )
+    for unclear in (Gain(0.1, 1.2), Gain(-0.5, -3.0), Gain(0.0, 0.0)):
+        assert "not clearly" in gain_line(unclear, 2) and "prefmix probe" in gain_line(unclear, 2)

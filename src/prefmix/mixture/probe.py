@@ -20,6 +20,7 @@ from torch import Tensor
 
 from prefmix.mixture.alignment import align
 from prefmix.mixture.bradley_terry import mixture_log_lik, preference_log_lik
+from prefmix.mixture.held_out import Gain, paired_gain
 from prefmix.mixture.linear_em import WEIGHT_CONCENTRATION, LinearEM, ProbeData, fit_linear_em
 from prefmix.mixture.posterior import group_log_lik, posterior
 from prefmix.mixture.precision import at_least_float32
@@ -31,6 +32,7 @@ POOLING_GRID = (0.0, 16.0, 64.0, 256.0, 1024.0)
 FOLDS = 4
 MIN_GROUPS_TO_HOLD_OUT = 20
 MAX_RIDGE_ROWS = 6_000
+RIDGE_STARTS = 2
 
 
 class ProbeResult(NamedTuple):
@@ -48,6 +50,8 @@ class ProbeResult(NamedTuple):
             (`alignment.align`): their agreement is a diagnosis.
         ridge: the precision of the coefficients' prior that was used.
         pooling: the precision that drew them to their mean, on top of it.
+        held_out: [G] log-probability of each group's held-out rows at the ridge that was chosen by it, nats; 0 for
+            groups that were not asked, None where the ridge was given.
     """
 
     log_resp: Float[Tensor, "G K"]
@@ -59,6 +63,7 @@ class ProbeResult(NamedTuple):
     restart_log_resp: Float[Tensor, "S G K"]
     ridge: float
     pooling: float = 0.0
+    held_out: Float[Tensor, "G"] | None = None
 
 
 def fit_probe(
@@ -103,8 +108,10 @@ def fit_probe(
     """
     generator = generator or torch.Generator().manual_seed(0)
     data = _probe_data(features, chosen, rejected, group, num_groups, weight)
+    held_out = None
     if ridge is None:
-        ridge = choose_ridge(data, num_experts, anneal=anneal, generator=generator)
+        found = _cross_validated(data, num_experts, torch.tensor(RIDGE_GRID), None, anneal, generator, RIDGE_STARTS)
+        ridge, held_out = RIDGE_GRID[found.best], found.of_group[found.best]
     if pooling is None:
         pooling = choose_pooling(data, num_experts, ridge, anneal=anneal, generator=generator)
     starts = 1 if num_experts == 1 else restarts
@@ -115,7 +122,38 @@ def fit_probe(
         pooling=torch.full((starts,), pooling) if pooling else None,
     )  # fmt: skip
     best = split_and_merge(data, fit, ridge, weight_concentration=weight_concentration, pooling=pooling or None)
-    return _result(best, fit, ridge, pooling)
+    return _result(best, fit, ridge, pooling)._replace(held_out=held_out)
+
+
+def gain_over_one(
+    result: ProbeResult,
+    features: Float[Tensor, "N P"],
+    chosen: Int[Tensor, "B"],
+    rejected: Int[Tensor, "B"],
+    group: Int[Tensor, "B"],
+    *,
+    weight: Float[Tensor, "B"] | None = None,
+    generator: torch.Generator,
+) -> Gain:
+    """By how much held-out groups are predicted better by the probe's K rewards than by one, nats a group.
+
+    One reward is cross-validated on the folds on which the K were, each at its best ridge there: a fit of a second
+    beside the probe's own. The group is the unit of sampling.
+
+    Args:
+        result: of the same rows, its ridge chosen.
+        features: [N, P] as the probe had them.
+        chosen: [B] index of the preferred text.
+        rejected: [B] index of the other text.
+        group: [B] latent group of each comparison.
+        weight: [B] row weights.
+        generator: seeded as the one that `fit_probe` was given, which makes the folds the same.
+    """
+    assert result.held_out is not None, "the probe chose its ridge"
+    data = _probe_data(features, chosen, rejected, group, len(result.held_out), weight)
+    one = _cross_validated(data, 1, torch.tensor(RIDGE_GRID), None, 1.0, generator, 1)
+    asked = result.held_out != 0
+    return paired_gain(-one.of_group[one.best][asked], -result.held_out[asked], torch.arange(int(asked.sum())))
 
 
 def probe_predict(
@@ -157,7 +195,7 @@ def choose_ridge(
     anneal: float,
     generator: torch.Generator,
     grid: tuple[float, ...] = RIDGE_GRID,
-    starts: int = 2,
+    starts: int = RIDGE_STARTS,
 ) -> float:
     """The ridge with the best held-out evidence, by cross-validation over groups (over rows, where groups are few).
 
@@ -167,7 +205,7 @@ def choose_ridge(
     would choose the largest. Only training rows are used.
     """
     ridges = torch.tensor(grid)
-    return grid[int(_cross_validated(data, num_experts, ridges, None, anneal, generator, starts).argmax())]
+    return grid[_cross_validated(data, num_experts, ridges, None, anneal, generator, starts).best]
 
 
 def choose_pooling(
@@ -187,7 +225,19 @@ def choose_pooling(
     if num_experts == 1:
         return 0.0
     ridges, poolings = torch.full((len(grid),), ridge), torch.tensor(grid)
-    return grid[int(_cross_validated(data, num_experts, ridges, poolings, anneal, generator, starts).argmax())]
+    return grid[_cross_validated(data, num_experts, ridges, poolings, anneal, generator, starts).best]
+
+
+class _HeldOut(NamedTuple):
+    """Evidence of C priors on held-out rows.
+
+    Attributes:
+        of_group: [C, G] log-probability of each group's rows, summed over folds, nats.
+        best: the prior of the largest sum over groups.
+    """
+
+    of_group: Float[Tensor, "C G"]
+    best: int
 
 
 def _cross_validated(
@@ -198,11 +248,11 @@ def _cross_validated(
     anneal: float,
     generator: torch.Generator,
     starts: int,
-) -> Float[Tensor, "C"]:
-    """Held-out evidence of C priors, nats summed over folds; each with the best of `starts` starts."""
+) -> _HeldOut:
+    """Held-out evidence of C priors; each with the best of `starts` starts."""
     data = _sample_groups(data, generator)
     fold = _fold_of_rows(data, generator)
-    score = torch.zeros(len(ridges))
+    score, of_group = torch.zeros(len(ridges)), torch.zeros(len(ridges), data.num_groups, dtype=torch.float64)
     ridge = ridges.repeat_interleave(starts)
     pooling = None if poolings is None else poolings.repeat_interleave(starts)
     for held_out in range(FOLDS):
@@ -211,18 +261,20 @@ def _cross_validated(
             continue
         fit = fit_linear_em(train, num_experts, ridge, anneal=anneal, generator=generator, pooling=pooling)
         best = fit.penalised.view(len(ridges), starts).argmax(dim=1) + torch.arange(len(ridges)) * starts
-        score += _held_out_evidence(fit, best, test)
-    return score
+        found = _held_out_evidence(fit, best, test)
+        score += found.sum(dim=1).float()
+        of_group += found
+    return _HeldOut(of_group, int(score.argmax()))
 
 
-def _held_out_evidence(fit: LinearEM, start: Int[Tensor, "C"], test: ProbeData) -> Float[Tensor, "C"]:
-    """Summed log probability of each group's test rows, given what the fit knows of the group (w if nothing)."""
+def _held_out_evidence(fit: LinearEM, start: Int[Tensor, "C"], test: ProbeData) -> Float[Tensor, "C G"]:
+    """Log-probability of each group's test rows, given what the fit knows of the group (w if nothing)."""
     scores = []
     for s in start.tolist():
         log_lik = preference_log_lik(test.difference @ fit.coefficients[s].T)
         grouped = group_log_lik(log_lik, test.group, test.num_groups, test.weight)
-        scores.append(posterior(fit.log_resp[s], grouped).log_evidence.sum())
-    return torch.stack(scores).float()
+        scores.append(posterior(fit.log_resp[s], grouped).log_evidence.double())
+    return torch.stack(scores)
 
 
 def _sample_groups(data: ProbeData, generator: torch.Generator) -> ProbeData:

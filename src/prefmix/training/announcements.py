@@ -13,12 +13,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from prefmix.mixture.held_out import Gain
 from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.training.penalties import pooling_of
 
 if TYPE_CHECKING:
     from prefmix.training.trainer import MixtureTrainer
 
+# Standard errors.
+CLEAR = 2.0
 _FOUND_BY = {
     "probe": "the probe of the frozen model parts them into",
     "kmeans": "k-means over prompts parts them into",
@@ -64,6 +67,17 @@ def report_start(trainer: MixtureTrainer, resp: Float[Tensor, "G K"]) -> None:
     held = pooling_of(trainer.args, trainer.em.pooling) if trainer.args.pooling is None else 0.0
     pooled = f"; experts are held together as the probe's are, pooling={held:.2g}" if held else ""
     _say(f"groups to start from: {_FOUND_BY[trainer.init]} {sizes}{pooled}")
+    if trainer.em.gain is not None:
+        _say(gain_line(trainer.em.gain, trainer.args.num_experts))
+
+
+def gain_line(gain: Gain, num_experts: int) -> str:
+    """What the probe's linear rewards say of K groups against one, on comparisons that their fits had not seen."""
+    figures = f"{gain.mean:+.2f} nats a user, z {gain.z:.1f}"
+    better = f"predicted better by {num_experts} groups than by one ({figures}, by the probe)"
+    if gain.z >= CLEAR:
+        return f"held-out comparisons are {better}"
+    return f"held-out comparisons are not clearly {better}: one expert may do as well; prefmix probe says more"
 
 
 def followers(policy: MixturePolicy) -> list[int] | None:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from prefmix.mixture.held_out import Gain
 from prefmix.mixture.membership import GaussianQ
 from prefmix.mixture.user_evidence import UserEvidence
 from prefmix.training.amortized_posterior import AmortizedPosterior
@@ -47,6 +48,7 @@ class EMState:
         initial: [G, K] first responsibilities, held during the first epochs.
         resp: [G, K] latest responsibilities.
         pooling: how strongly the start asks for experts to be drawn together (`first_responsibilities`).
+        gain: what the start says of groups over one, for the line that says so; on the first process alone.
         group_weight: [G] n_g of the bound: summed row weights under `user`, 1 under `pair`.
         total_weight: summed weight of the training rows.
         q: of z_g under `latent="membership"`, [G, d] each, as of the last visit; None under the others.
@@ -69,6 +71,7 @@ class EMState:
         self.initial = initial.clone()
         self.resp = initial.clone()
         self.pooling = 0.0
+        self.gain: Gain | None = None
         self.total_weight = float(weight.double().sum())
         self._row_group, self._row_weight = group, weight.double()
         summed = torch.zeros(num_groups, dtype=torch.float64, device=weight.device).index_add_(
@@ -81,7 +84,7 @@ class EMState:
 
     def begin(self, found: Beginning) -> Float[Tensor, "G K"]:
         """Keeps what a start asks for; gives its responsibilities."""
-        self.pooling = found.pooling
+        self.pooling, self.gain = found.pooling, found.gain
         return found.resp
 
     def remember(self, group: Int[Tensor, "B"], log_q: Float[Tensor, "B K"]) -> None:

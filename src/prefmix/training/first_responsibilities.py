@@ -17,9 +17,10 @@ from prefmix.data.comparisons import ComparisonTable
 from prefmix.data.users import latent_groups, num_latent_groups
 from prefmix.experts.trunk_cache import TrunkStates
 from prefmix.mixture.features import pool_features
+from prefmix.mixture.held_out import Gain
 from prefmix.mixture.initialization import kmeans_resp, label_resp, random_resp
 from prefmix.mixture.posterior import posterior
-from prefmix.mixture.probe import fit_probe
+from prefmix.mixture.probe import fit_probe, gain_over_one
 from prefmix.training.config import MixtureConfig
 from prefmix.training.penalties import pooling_like
 from prefmix.training.starting_experts import come_apart
@@ -58,10 +59,12 @@ class Beginning(NamedTuple):
     Attributes:
         resp: [G, K] first responsibilities; rows sum to 1.
         pooling: how strongly they ask for experts to be drawn together (`penalties`); 0: not.
+        gain: of the probe's groups over one, on held-out users; None: no probe, or nothing to compare.
     """
 
     resp: Tensor
     pooling: float = 0.0
+    gain: Gain | None = None
 
 
 def resolve_init(args: MixtureConfig, table: ComparisonTable) -> ResolvedInit:
@@ -105,22 +108,24 @@ def _probe(start: Start) -> Beginning:
     prompt = torch.from_numpy(table.texts.prompt_index)
     pooled = pool_features(states.completion_mean, start.args.probe_dim, lengths, centre_by=prompt)
     user_group = latent_groups(table, "user")
+    columns = (table.chosen, table.rejected, user_group, table.weight)
+    chosen, rejected, group, weight = (torch.from_numpy(column) for column in columns)
+    rows = (pooled.features, chosen, rejected, group)
     result = fit_probe(
-        pooled.features,
-        torch.from_numpy(table.chosen),
-        torch.from_numpy(table.rejected),
-        torch.from_numpy(user_group),
+        *rows,
         num_latent_groups(table, "user"),
         start.args.num_experts,
-        weight=torch.from_numpy(table.weight),
+        weight=weight,
         restarts=start.args.probe_restarts,
         generator=start.generator,
     )
+    several = start.args.num_experts > 1
+    gain = gain_over_one(result, *rows, weight=weight, generator=start.generator) if several else None
     resp = torch.softmax(result.log_resp, dim=1)
     difference = pooled.features[table.chosen] - pooled.features[table.rejected]
     precision = result.ridge + result.pooling
-    pooling = pooling_like(precision, difference, torch.from_numpy(table.weight), start.args.num_experts)
-    return Beginning(_of_groups(start, resp[torch.from_numpy(user_group)]), pooling)
+    pooling = pooling_like(precision, difference, weight, start.args.num_experts)
+    return Beginning(_of_groups(start, resp[group]), pooling, gain)
 
 
 def _kmeans(start: Start) -> Beginning:
