@@ -128,6 +128,30 @@ def test_the_python_of_the_guide_runs_as_printed(
             assert torch.allclose(log_probs_of(found["model"], policy), ours(policy, 0), atol=1e-4)
 
 
+def test_the_guide_says_how_a_server_gets_the_base(
+    make_policy: Callable[..., MixturePolicy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy()
+    folder = tmp_path / "cache" / "smollm2-135m-instruct-q4_1"
+    policy.model.experts.base_model.save_pretrained(folder)
+    monkeypatch.setenv("PREFMIX_CACHE", str(tmp_path / "cache"))
+    policy.config = replace(policy.config, base_source="smollm2-q4_1")
+    export_servers(policy, tmp_path / "named")
+    guide = (tmp_path / "named" / "README.md").read_text()
+    assert f"base: `{folder}`" in guide and "copy that folder beside" in guide and "--with_base" in guide
+    assert "GGUF, Q4_1" in guide and "not those of `HuggingFaceTB/SmolLM2-135M-Instruct`" in guide
+    export_servers(policy, tmp_path / "whole", with_base=True)
+    guide = (tmp_path / "whole" / "README.md").read_text()
+    assert "vllm serve base" in guide and str(folder) not in guide and "GGUF, Q4_1" in guide
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "base")
+    model = PeftModel.from_pretrained(base, tmp_path / "whole" / "expert_1")
+    assert torch.allclose(log_probs_of(model, policy), ours(policy, 1), atol=1e-4)
+    policy.config = replace(policy.config, base_source="owner/name")
+    export_servers(policy, tmp_path / "hub")
+    guide = (tmp_path / "hub" / "README.md").read_text()
+    assert "fetch the base from the hub" in guide and "Q4_1" not in guide
+
+
 def test_users_are_left_out_unless_asked_for(make_policy: Callable[..., MixturePolicy], tmp_path: Path) -> None:
     export_servers(make_policy(), tmp_path / "served")
     assert "anna" not in (tmp_path / "served" / "mixture.json").read_text()

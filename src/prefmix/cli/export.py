@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="a folder that does not exist yet")
     parser.add_argument("--expert", type=int, help="which expert, counted from 0 (peft, merged)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="merged: type of the weights")
+    parser.add_argument("--with_base", action="store_true", help="servers: also the base model, for servers without it")
     parser.add_argument("--users", action="store_true", help="servers: also every known user's weights (personal data)")
 
 
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
         if args.format == "servers":
             from prefmix.policy.server_export import export_servers
 
-            export_servers(policy, args.output, users=args.users)
+            export_servers(policy, args.output, users=args.users, with_base=args.with_base)
         elif args.format == "peft":
             from prefmix.policy.export import export_adapter
 
@@ -62,7 +63,7 @@ def _check(args: argparse.Namespace) -> None:
         if args.expert is None:
             raise ValueError(f"--format {args.format}: name an expert with --expert 0 (or another number)")
         raise ValueError(f"--format servers with --expert {args.expert}: leave --expert out, it exports all of them")
-    for name, fitting in (("dtype", "merged"), ("users", "servers")):
+    for name, fitting in (("dtype", "merged"), ("users", "servers"), ("with_base", "servers")):
         if getattr(args, name) and args.format != fitting:
             raise ValueError(f"--{name}: only --format {fitting} reads it")
     output = Path(args.output)

@@ -19,7 +19,7 @@ FORMAT_VERSION = 1
 MIXTURE_FILE = "mixture.json"
 
 
-def export_servers(policy: MixturePolicy, folder: str | Path, *, users: bool = False) -> None:
+def export_servers(policy: MixturePolicy, folder: str | Path, *, users: bool = False, with_base: bool = False) -> None:
     """Writes `expert_k/` (PEFT adapters), `mixture.json` and a README that says how to serve them.
 
     Whoever draws expert k with its weight and then asks the server for one response of adapter k samples the mixture
@@ -30,13 +30,14 @@ def export_servers(policy: MixturePolicy, folder: str | Path, *, users: bool = F
         policy: experts that are low-rank updates of one base.
         folder: a folder that does not exist yet.
         users: also write every known user's weights: personal data.
+        with_base: also copy a base that servers could find (on the hub) or be given: the folder is complete then.
 
     Raises:
         ValueError: experts without adapters (whole models, full heads), or the folder exists.
     """
     with fresh_folder(Path(folder)) as place:
         base = named = absolute_place(loadable_source(policy.config.base_source))
-        if not can_be_found_again(base):
+        if with_base or not can_be_found_again(base):
             base, named = "base", os.path.join(os.path.abspath(folder), "base")
             policy.model.experts.base_model.save_pretrained(str(place / "base"))
             policy.tokenizer.save_pretrained(str(place / "base"))
@@ -56,6 +57,7 @@ def _description(policy: MixturePolicy, base: str, adapter: dict[str, Any], user
     description: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "base_model": base,
+        "base_source": config.base_source,
         "base_sha256": config.base_sha256,
         "rank": adapter["r"],
         "target_modules": adapter["target_modules"],

