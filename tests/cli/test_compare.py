@@ -78,3 +78,11 @@ def test_the_plan_counts_what_would_run(
     plan = json.loads(capsys.readouterr().out)
     assert plan["cells"] == 9 and plan["fits"] == 3 + 4 + 4 and "4 rows" in plan["train_data"]
     assert not (tmp_path / "out").exists()
+    path.write_text(path.read_text().replace("arms: [", "arms: [oracle, hard_em_probe, "), encoding="utf-8")
+    assert main(["compare", str(path), "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    assert "without what is left out" in shown and "oracle: the rows name no `group`" in shown
+    assert "hard EM, probe; reference; single DPO; probe" in shown
+    path.write_text(path.read_text().replace("arms: [", "arms: [oracle] #"), encoding="utf-8")
+    assert main(["compare", str(path), "--dry_run"]) == 2
+    assert "every one needs a `group`" in capsys.readouterr().err

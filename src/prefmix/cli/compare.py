@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     settings = load_comparison(Path(args.config), overrides)
     plan = _plan(settings)
     if args.dry_run:
-        print_json(plan) if args.format == "json" else print_pairs(plan, title="Nothing is wrong. This would run:")
+        _print_plan(plan, args.format)
         return
     with stdout_is_for_results():
         from prefmix.experiments.comparison_files import write_comparison
@@ -73,6 +73,15 @@ def _write_example(path: Path) -> None:
     note(f"wrote {path}; next: prefmix compare {path} --dry_run")
 
 
+def _print_plan(plan: dict[str, Any], form: str) -> None:
+    if form == "json":
+        print_json(plan)
+        return
+    title = "Nothing is wrong. This would run:" if not plan["left_out"] else "This would run, without what is left out:"
+    several = {name: "; ".join(plan[name]) for name in ("arms", "left_out") if plan[name]}  # names hold commas
+    print_pairs({name: value for name, value in plan.items() if name != "left_out"} | several, title=title)
+
+
 def _plan(settings: CompareSettings) -> dict[str, Any]:
     """What would run; reads rows, not the model."""
     plan: dict[str, Any] = {}
@@ -80,13 +89,20 @@ def _plan(settings: CompareSettings) -> dict[str, Any]:
         if field.name.endswith("_data") and (source := getattr(settings, field.name)) is not None:
             report = validate(source)
             plan[field.name] = f"{source}: {report.rows} rows, {report.users} users, {report.texts} texts"
+            if report.unread_users is not None:
+                note(f"warning: {source}: {report.unread_users}")
+            if field.name == "train_data":
+                arms = [arm for arm in settings.arms if report.groups or not arm.needs_groups]
     plan["model"] = check_model(settings.model)
-    cells = len(settings.arms) * len(settings.seeds)
-    fits = sum(len(settings.candidates(arm)) + len(settings.seeds) - 1 for arm in settings.arms)
+    if not arms:
+        raise ValueError("arms: every one needs a `group` in the rows; add others, or rows that name groups")
+    cells = len(arms) * len(settings.seeds)
+    fits = sum(len(settings.candidates(arm)) + len(settings.seeds) - 1 for arm in arms)
     found = len(list((Path(settings.output_dir) / "cells").glob("*.json")))
     return plan | {
         "output_dir": settings.output_dir + (f" (holds {found} finished cells)" if found else ""),
-        "arms": [arm.name for arm in settings.arms],
+        "arms": [arm.name for arm in arms],
+        "left_out": [f"{arm.name}: the rows name no `group`" for arm in settings.arms if arm not in arms],
         "seeds": settings.seeds,
         "search": settings.search,
         "cells": cells,

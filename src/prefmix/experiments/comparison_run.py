@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from prefmix.data.comparisons import ComparisonTable
+from prefmix.data.stages import stages_shown
 from prefmix.data.validation import read_checked
 from prefmix.evaluation.report import finite
 from prefmix.evaluation.scoring import Predictions
@@ -26,6 +27,7 @@ from prefmix.experiments.arm_predictions import Fitted, NewUsers
 from prefmix.experiments.arms import Arm
 from prefmix.experiments.baselines import tokenize_splits
 from prefmix.experiments.compare_settings import CompareSettings
+from prefmix.experiments.comparison_pace import Pace
 from prefmix.experiments.peak_memory import Memory, PeakMemory
 from prefmix.experiments.split_rows import split_rows, validation_part
 from prefmix.experts.base_model import BaseModel, load_base
@@ -87,6 +89,11 @@ def run_comparison(
     arms, skipped = usable_arms(settings.arms, sources["train"])
     for name in skipped:
         say(f"{name}: left out, the rows name no `group`")
+    if not arms:
+        raise ValueError("arms: every one needs a `group` in the rows; add others, or rows that name groups")
+    pace = Pace(_fits_to_come(settings, arms, store), say)
+    if base is None and any(store.find(arm, seed) is None for arm in arms for seed in settings.seeds):
+        say(f"loading {settings.model} ...")
     cells: list[Cell] = []
     total, done = len(arms) * len(settings.seeds), 0
     for seed in settings.seeds:
@@ -100,9 +107,10 @@ def run_comparison(
                     place, rows = workplace(settings, sources, base, seed)
                 start = time.perf_counter()
                 chosen = store.choice(arm, settings.seeds[0]) if seed != settings.seeds[0] else None
-                cell = run_cell(settings, arm, place, chosen) | {"rows": _sizes(rows)}
+                cell = run_cell(settings, arm, place, chosen, pace.fitted) | {"rows": _sizes(rows)}
                 store.write(arm, seed, cell)
-                say(f"[{done}/{total}] {_line(cell)} ({time.perf_counter() - start:.0f} s)")
+                rest = f"; the rest: {pace.rest()}" if pace.rest() else ""
+                say(f"[{done}/{total}] {_line(cell)} ({time.perf_counter() - start:.0f} s{rest})")
             else:
                 say(f"[{done}/{total}] {_line(cell)} (found)")
             cells.append(cell)
@@ -128,6 +136,17 @@ def usable_arms(arms: Sequence[Arm], rows: Sequence[Mapping[str, Any]] | None) -
         replace(arm, options={**arm.options, "num_experts": len(groups)}) if arm.true_groups else arm for arm in usable
     ]
     return usable, [arm.name for arm in arms if arm.needs_groups and not groups]
+
+
+def _fits_to_come(settings: CompareSettings, arms: Sequence[Arm], store: CellStore) -> list[Arm]:
+    """The arm of every fit that no cell holds: each point of the grid on the first seed, one on the others."""
+    return [
+        fit
+        for seed in settings.seeds
+        for arm in arms
+        if store.find(arm, seed) is None
+        for fit in (settings.candidates(arm) if seed == settings.seeds[0] else [arm])
+    ]
 
 
 def parted_rows(settings: CompareSettings, sources: Mapping[str, list[dict[str, Any]] | None], seed: int) -> PartedRows:
@@ -173,7 +192,13 @@ def workplace(
     return Workplace(base, splits, settings.options, Path(settings.output_dir) / "runs", seed), rows
 
 
-def run_cell(settings: CompareSettings, arm: Arm, place: Workplace, chosen: Mapping[str, Any] | None) -> Cell:
+def run_cell(
+    settings: CompareSettings,
+    arm: Arm,
+    place: Workplace,
+    chosen: Mapping[str, Any] | None,
+    fitted: Callable[[Arm, float], None] = lambda arm, seconds: None,
+) -> Cell:
     """Fits an arm (every point of the grid, unless the choice is known) and scores what was held out.
 
     Args:
@@ -181,16 +206,20 @@ def run_cell(settings: CompareSettings, arm: Arm, place: Workplace, chosen: Mapp
         arm: what to fit.
         place: tables of this seed.
         chosen: `options` and `settings` that the first seed chose; None: search.
+        fitted: is told of every fit and its seconds.
     """
-    for table in place.splits:
-        if table is not None:
-            place.states(table)  # read before any clock runs: all arms share them
+    with stages_shown():
+        for table in place.splits:
+            if table is not None:
+                place.states(table)  # read before any clock runs: all arms share them
     candidates = settings.candidates(arm)
     if chosen is not None:
         candidates = [replace(arm, options=chosen["options"], settings=chosen["settings"])]
     best, searched = None, []
     for candidate in candidates:
+        start = time.perf_counter()
         attempt = _attempt(candidate, place)
+        fitted(candidate, time.perf_counter() - start)
         searched.append(_searched(arm, attempt))
         if best is None or attempt.validation < best.validation:
             best = attempt
