@@ -86,3 +86,18 @@ def test_the_plan_counts_what_would_run(
     path.write_text(path.read_text().replace("arms: [", "arms: [oracle] #"), encoding="utf-8")
     assert main(["compare", str(path), "--dry_run"]) == 2
     assert "every one needs a `group`" in capsys.readouterr().err
+
+
+def test_a_file_of_another_verb_is_sent_there_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, comparison = tmp_path / "recipe.yaml", tmp_path / "compare.yaml"
+    assert main(["init", str(recipe)]) == 0 and main(["compare", "--example", str(comparison)]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(recipe), "--dry_run"]) == 2
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first == f"error: {recipe} looks like a recipe of one training; run it with: prefmix train {recipe}"
+    assert main(["train", str(comparison), "--dry_run"]) == 2
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first == f"error: {comparison} looks like a comparison of arms; run it with: prefmix compare {comparison}"
+    comparison.write_text("arms: [single]\nnum_train_epochs: 3\n", encoding="utf-8")
+    assert main(["compare", str(comparison), "--dry_run"]) == 2
+    assert "looks like" not in capsys.readouterr().err, "one field at the wrong place"

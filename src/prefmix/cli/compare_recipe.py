@@ -12,7 +12,15 @@ from typing import Any, get_type_hints
 import yaml
 
 from prefmix.cli.fields import all_fields
-from prefmix.cli.recipe import RecipeError, compose_mapping, construct, entries, field_suggestion, suggestion
+from prefmix.cli.recipe import (
+    RecipeError,
+    compose_mapping,
+    construct,
+    entries,
+    field_suggestion,
+    looks_foreign,
+    suggestion,
+)
 from prefmix.experiments.arms import SETTINGS, Arm, all_arms, find_arm, with_options
 from prefmix.experiments.compare_settings import CompareSettings, settings_problems
 
@@ -48,7 +56,10 @@ class _Reader:
             settings = CompareSettings(**values)
             self.problems += [self._located(line) for line in settings_problems(settings)]
         if self.problems:
-            raise RecipeError("\n".join(self.problems))
+            own = {name: self.lines[name] for name in nodes}
+            foreign = "arms" not in nodes and looks_foreign(self.path, own, all_fields(), hints)
+            hint = f"{self.path} looks like a recipe of one training; run it with: prefmix train {self.path}"
+            raise RecipeError("\n".join([hint] * foreign + self.problems))
         return settings
 
     def _value(self, name: str, node: yaml.Node, hint: Any) -> Any:

@@ -31,6 +31,13 @@ _IS_KIND = {
 _PLAIN = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "None": "null"}
 
 
+# What only `prefmix compare` reads.
+COMPARISON_FIELDS = (
+    *("arms", "search", "seeds", "options", "split", "validation_data", "test_data", "new_user_data"),
+    *("validation_share", "test_share", "new_user_share"),
+)
+
+
 class RecipeError(ValueError):
     """Mistakes in a recipe or its overrides, one a line."""
 
@@ -95,8 +102,25 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any], required: Itera
         if values.get(name) is None:
             problems.append(f"{name}: missing; write it in the recipe or give --{name}")
     if problems:
-        raise RecipeError("\n".join(problems))
+        foreign = path is not None and looks_foreign(path, lines, COMPARISON_FIELDS, all_fields())
+        hint = [f"{path} looks like a comparison of arms; run it with: prefmix compare {path}"] if foreign else []
+        raise RecipeError("\n".join(hint + problems))
     return Recipe(values, lines)
+
+
+def looks_foreign(path: Path, lines: Mapping[str, str], telling: Iterable[str], own: Iterable[str]) -> bool:
+    """Whether a file's fields are another verb's: two or more that tell it, or one where no other is unknown.
+
+    Args:
+        path: the file.
+        lines: field -> where it was set; flags do not count.
+        telling: fields that only the other verb reads.
+        own: fields that this verb reads.
+    """
+    given = {name for name, line in lines.items() if line.startswith(f"{path}:")}
+    unknown = given - set(own)
+    found = unknown & set(telling)
+    return len(found) > 1 or (len(found) == 1 and found == unknown)
 
 
 def field_suggestion(name: str, known: Iterable[str]) -> str:
