@@ -27,15 +27,15 @@ def test_a_library_is_silent_and_a_log_gets_one_line(
     assert capsys.readouterr().err == ""
     with stages_shown(), stage("writing", 2, "text"):
         _three()
-    assert capsys.readouterr().err == "writing: 2 text ...\n", "a stage speaks for those within it"
+    assert capsys.readouterr().err == "writing: 2 texts ...\n", "a stage speaks for those within it"
     with stages_shown():
         _three()
-    assert capsys.readouterr().err == "reading texts: 3 text ...\n"
+    assert capsys.readouterr().err == "reading texts: 3 texts ...\n"
     _three(progress=True)
     assert "3/3" in capsys.readouterr().err, "a notebook, which is no terminal, gets its bar"
     monkeypatch.setenv("TQDM_DISABLE", "1")
     _three(progress=True)
-    assert capsys.readouterr().err == "reading texts: 3 text ...\n"
+    assert capsys.readouterr().err == "reading texts: 3 texts ...\n"
 
 
 def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from prefmix.cli.chat import weight_lines
 from prefmix.cli.loading import add_data, add_policy, load_policy, read_checked_rows
 from prefmix.cli.output import add_format, note, print_json, stdout_is_for_results
+from prefmix.data.counted import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +46,10 @@ def run(args: argparse.Namespace) -> None:
         found = {"user": args.user, "comparisons": len(rows), "weights": weights, "saved": args.save}
         print_json(found if rate is None else found | {"label_noise": rate})
         return
-    print(f"{args.user}, {len(rows)} comparisons" + ("" if rate is None else f", {rate:.0%} of the labels flipped"))
+    print(
+        f"{args.user}, {counted(len(rows), 'comparison')}"
+        + ("" if rate is None else f", {rate:.0%} of the labels flipped")
+    )
     print(weight_lines(policy, args.user))
     note(f"kept in {args.policy}" if args.save else "not kept; --save keeps the user in the policy folder")
 

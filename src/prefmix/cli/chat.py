@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from prefmix.cli.generate import DECODERS, add_sampling, objective_weights, sampling
 from prefmix.cli.loading import add_policy, load_policy
 from prefmix.cli.output import note, stdout_is_for_results
+from prefmix.data.counted import counted
 
 if TYPE_CHECKING:
     from prefmix.policy.mixture_policy import MixturePolicy
@@ -36,7 +37,8 @@ def run(args: argparse.Namespace) -> None:
         options |= objective_weights(args, policy)
     talk = Conversation(policy, options)
     if sys.stdin.isatty():
-        note(f"{policy.config.num_experts} experts, {len(policy.users)} known users; /help lists commands")
+        known = counted(len(policy.users), "known user")
+        note(f"{counted(policy.config.num_experts, 'expert')}, {known}; /help lists commands")
     for line in _typed(talk) if sys.stdin.isatty() else sys.stdin:
         if line.strip():
             talk.say(line.strip())

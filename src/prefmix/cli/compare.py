@@ -10,6 +10,7 @@ from typing import Any
 from prefmix.cli.compare_recipe import example_text, load_comparison
 from prefmix.cli.model_check import check_model
 from prefmix.cli.output import add_format, note, print_json, print_pairs, stdout_is_for_results
+from prefmix.data.counted import counted
 from prefmix.data.validation import validate
 from prefmix.experiments.arms import SETTINGS, all_arms
 from prefmix.experiments.compare_settings import CompareSettings
@@ -88,7 +89,10 @@ def _plan(settings: CompareSettings) -> dict[str, Any]:
     for field in fields(CompareSettings):
         if field.name.endswith("_data") and (source := getattr(settings, field.name)) is not None:
             report = validate(source)
-            plan[field.name] = f"{source}: {report.rows} rows, {report.users} users, {report.texts} texts"
+            plan[field.name] = (
+                f"{source}: {counted(report.rows, 'row')}, {counted(report.users, 'user')}, "
+                f"{counted(report.texts, 'text')}"
+            )
             if report.unread_users is not None:
                 note(f"warning: {source}: {report.unread_users}")
             if field.name == "train_data":
@@ -100,7 +104,7 @@ def _plan(settings: CompareSettings) -> dict[str, Any]:
     fits = sum(len(settings.candidates(arm)) + len(settings.seeds) - 1 for arm in arms)
     found = len(list((Path(settings.output_dir) / "cells").glob("*.json")))
     return plan | {
-        "output_dir": settings.output_dir + (f" (holds {found} finished cells)" if found else ""),
+        "output_dir": settings.output_dir + (f" (holds {counted(found, 'finished cell')})" if found else ""),
         "arms": [arm.name for arm in arms],
         "left_out": [f"{arm.name}: the rows name no `group`" for arm in settings.arms if arm not in arms],
         "seeds": settings.seeds,

@@ -9,6 +9,7 @@ from typing import Any
 from prefmix.cli.fields import all_fields
 from prefmix.cli.model_check import check_model
 from prefmix.cli.recipe import Recipe
+from prefmix.data.counted import counted
 from prefmix.data.validation import ValidationReport, validate
 from prefmix.training.expert_options import default_learning_rate
 from prefmix.training.options import MixtureOptions, gate_problems
@@ -60,7 +61,8 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
 
 
 def _describe(source: str, report: ValidationReport) -> str:
-    text = f"{source}: {report.rows} rows, {report.users} users, {report.texts} texts, {report.prompts} prompts"
+    sizes = {"row": report.rows, "user": report.users, "text": report.texts, "prompt": report.prompts}
+    text = f"{source}: {', '.join(counted(number, noun) for noun, number in sizes.items())}"
     dropped = ", ".join(f"{count} left out ({reason})" for reason, count in report.dropped.items())
     return f"{text}, {dropped}" if dropped else text
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from prefmix.cli.loading import add_data, add_policy, load_policy, read_checked_rows
 from prefmix.cli.output import note, stdout_is_for_results
+from prefmix.data.counted import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,4 +29,4 @@ def run(args: argparse.Namespace) -> None:
         sys.stdout.write(lines)
     else:
         Path(args.output).write_text(lines, encoding="utf-8")
-        note(f"wrote {len(scores)} scored rows to {args.output}")
+        note(f"wrote {counted(len(scores), 'scored row')} to {args.output}")

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from prefmix.data.counted import counted
+
 _SHOWN: ContextVar[bool] = ContextVar("stages_shown", default=False)
 
 
@@ -31,7 +33,7 @@ def stage(what: str, total: int, unit: str, *, progress: bool = False) -> Iterat
     Args:
         what: what is done, such as "reading texts".
         total: how much there is of it; with 0 nothing is said.
-        unit: of what, in the singular or short ("tok").
+        unit: of what, in the singular.
         progress: speak outside of `stages_shown` too, by a bar wherever TQDM_DISABLE is not set.
     """
     wanted = (progress or _SHOWN.get()) and total > 0
@@ -45,7 +47,7 @@ def stage(what: str, total: int, unit: str, *, progress: bool = False) -> Iterat
                 yield bar.update
             return
         if wanted:
-            print(f"{what}: {total:,} {unit} ...", file=sys.stderr, flush=True)
+            print(f"{what}: {counted(total, unit)} ...", file=sys.stderr, flush=True)
         yield lambda done: None
     finally:
         _SHOWN.reset(token)

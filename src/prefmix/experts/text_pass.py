@@ -84,7 +84,7 @@ def read_texts(
     tokens_per_batch = tokens_per_batch or _TOKENS_PER_BATCH.get(device.type, 16384)
     reader = TextReader(model)
     batches = _neighbours(texts, text_ids, tokens_per_batch) if reader.shares else None
-    with stage("reading texts", int(lengths[text_ids].sum()), "tok", progress=progress) as done:
+    with stage("reading texts", int(lengths[text_ids].sum()), "token", progress=progress) as done:
         for batch in batches or _batches(lengths, text_ids, tokens_per_batch):
             yield _read_batch(model, reader, texts, batch, device)
             done(int(lengths[batch].sum()))
