@@ -181,9 +181,9 @@ def test_users_who_differ_about_length(high: float, level: str) -> None:
 def test_equal_lengths_are_why_tastes_for_length_cannot_be_seen() -> None:
     many = columns(20, 20)
     found = length_tastes(many._replace(length=np.full(40, 7)))
-    assert found.what.startswith("only 0 users have two rows or more whose texts differ in length (0% of all rows")
+    assert found.what.startswith("only 0 users with two rows or more whose texts differ in length (0% of all rows")
     few = length_tastes(columns(4, 10)._replace(length=np.arange(40)))
-    assert few.what.startswith("only 4 users have two rows") and "(100% of all rows" in few.what
+    assert few.what.startswith("only 4 users with two rows") and "(100% of all rows" in few.what
 
 
 def test_designs_that_could_not_find_groups() -> None:

@@ -112,6 +112,15 @@ def test_the_verdict_calls_a_gain_unclear_where_its_interval_holds_zero() -> Non
     assert "Always taking the shorter response ranks 6" in page and "than the untrained reference" not in page
 
 
+def test_who_came_after_training_is_told_from_who_was_trained_on() -> None:
+    data = simulated_run(400, 30, 2, 12)
+    assert data.people is not None and "Trained on" not in report_html(data).split('id="people"')[1]
+    page = report_html(replace(data, people=data.people._replace(trained=29)))
+    assert "Trained on 29 users; 30 are known" in page
+    same = report_html(replace(data, people=data.people._replace(trained=30)))
+    assert "Trained on 30 users" not in same.split('id="people"')[1]
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium of the system, driven by playwright; tests are skipped where one of them is missing."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from prefmix.data.counted import counted
 from prefmix.evaluation.baselines import Baselines
 from prefmix.evaluation.intervals import Estimate, cluster_bootstraps
 from prefmix.evaluation.metrics import Agreement, expected_calibration_error, hits
@@ -169,11 +170,6 @@ def new_users_note(new_users: Mapping[int, Figures], called: str) -> str:
     rows = f"{counted(first.num_rows, 'row')} of {counted(first.clusters, 'person', 'people')}"
     most = counted(max(new_users), "other row")
     return f"{called}: {rows} who have {most} to show; with 0 shown it is the population's figure on these rows alone"
-
-
-def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """`1 row`, `1,200 rows`, `2 people`."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from prefmix.data.counted import counted
 from prefmix.evaluation.metrics import adjusted_rand_index, reliability
 from prefmix.experiments.diagnosis import Finding
 from prefmix.mixture.collapse import find_collapse
@@ -76,7 +77,8 @@ def collapse(scored: ScoredRows) -> Finding:
     found = find_collapse(torch.from_numpy(usage), torch.from_numpy(scored.margins))
     numbers = {f"usage_{k}": float(share) for k, share in enumerate(usage)}
     if not found:
-        what = "usage " + " ".join(f"{share:.2f}" for share in usage) + ", all experts differ"
+        differ = ", all experts differ" if len(usage) > 1 else ": one expert"
+        what = "usage " + " ".join(f"{share:.2f}" for share in usage) + differ
         return Finding("collapse", "fine", what, numbers)
     what = "; ".join(warning.message.split(". ")[0].split(": it is")[0] for warning in found)
     remedy = "fewer experts (prefmix choose_k says how many), gate_prior_alpha above 1, or a longer init_hold_epochs"
@@ -144,8 +146,8 @@ def noise_or_minority(scored: ScoredRows, noise: LearntNoise | None = None) -> F
     z = float(gain.mean() / max(gain.std(ddof=1) / np.sqrt(len(users)), 1e-12))
     numbers |= {"gain_over_noise": float(gain.mean()), "z": z}
     what = (
-        f"expert {small} ({len(users)} users) explains its rows by {gain.mean():+.3f} nats a row better than a noisy "
-        f"member of another group would (z = {z:.1f})"
+        f"expert {small} ({counted(len(users), 'user')}) explains its rows by {gain.mean():+.3f} nats a row better "
+        f"than a noisy member of another group would (z = {z:.1f})"
     )
     if z < 2:
         remedy = f"these people may answer carelessly rather than differ: {_for_carelessness(noise)}one expert fewer"

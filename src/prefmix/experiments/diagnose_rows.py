@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from prefmix.data.counted import counted
 from prefmix.data.schema import PreferenceRow
 from prefmix.experiments.diagnosis import Finding
 
@@ -88,7 +89,9 @@ def comparisons_per_user(columns: RowColumns) -> Finding:
     repeated = float(count[count >= 2].sum()) / len(columns.user)
     median = float(np.median(count)) if len(count) else 0.0
     numbers = {"users": float(len(count)), "median": median, "share_of_repeated": repeated}
-    what = f"{len(count)} users with {median:g} rows in the median; {repeated:.0%} of the rows belong to repeated users"
+    rows = "row" if median == 1 else "rows"
+    what = f"{counted(len(count), 'user')} with {median:g} {rows} in the median; "
+    what += f"{repeated:.0%} of the rows belong to repeated users"
     if repeated < 0.5:
         what += ". Groups of users are not identifiable: two equal groups of opposed tastes look like coin flips"
         remedy = "add a `user` column with two or more rows a user; else only groups by prompt or metadata can be found"
@@ -169,7 +172,8 @@ def disagreement_rank(columns: RowColumns, seed: int = 0, permutations: int = 20
         "directions": float(directions),
         "strongest_over_chance": values[0] / max(chance),
     }
-    what = f"{directions} directions of disagreement are above chance (effective rank {rank:.0f}, {len(pair)} answers)"
+    found = counted(directions, "direction")
+    what = f"{found} of disagreement above chance (effective rank {rank:.0f}, {counted(len(pair), 'answer')})"
     if directions == 0:
         remedy = f"disagreement looks like noise: {NOISE_REMEDY}; or more rows on shared pairs may show groups"
         return Finding("disagreement rank", "warning", what, numbers, remedy)
@@ -229,7 +233,7 @@ def length_tastes(columns: RowColumns) -> Finding:
     repeated = count >= 2
     count, hits = count[repeated], hits[repeated]
     if len(count) < 5:
-        why = f"only {len(count)} users have two rows or more whose texts differ in length"
+        why = f"only {counted(len(count), 'user')} with two rows or more whose texts differ in length"
         why += f" ({(longer != 0).mean():.0%} of all rows are such)"
         return Finding("length tastes", "note", f"{why}: cannot be seen", {}, "")
     share = hits.sum() / count.sum()

@@ -11,10 +11,11 @@ from html import escape
 from importlib import resources
 
 from prefmix import __version__
+from prefmix.data.counted import counted
 from prefmix.evaluation import figures
 from prefmix.evaluation.figures.canvas import Figure, expert_colour, expert_name, html_table
 from prefmix.evaluation.figures.quality import headline_rows, new_users_called
-from prefmix.evaluation.report import counted, new_users_note
+from prefmix.evaluation.report import new_users_note
 from prefmix.experiments.report_texts import disputes_html, examples_html, findings_html
 from prefmix.experiments.run_data import RunData
 from prefmix.experiments.verdicts import length_rule
@@ -156,9 +157,12 @@ def _quality(data: RunData) -> str:
 def _people(data: RunData) -> str:
     if data.people is None:
         return _absent(data, "people")
-    weights, names, groups = data.people
+    weights, names, groups, trained = data.people
     drawn = [figures.people_map(weights, names, groups), figures.people_plane(weights, names, groups)]
     intro = "What the training comparisons of each user say about which expert speaks for them."
+    if trained is not None and trained != len(weights):
+        known = "is known" if len(weights) == 1 else "are known"
+        intro += f" Trained on {counted(trained, 'user')}; {len(weights):,} {known} (prefmix adapt adds users)."
     return f"<p>{intro}</p>{_grid([*drawn, figures.groups_matrix(weights, groups)])}"
 
 

@@ -31,11 +31,13 @@ class People(NamedTuple):
         weights: [U, K] what the policy uses for each, rows sum to one.
         names: U names; empty where they must not be written.
         groups: U true groups, None where unknown; empty where rows name none.
+        trained: how many users the training rows named; None where the policy does not say.
     """
 
     weights: np.ndarray
     names: Sequence[str] = ()
     groups: Sequence[str | None] = ()
+    trained: int | None = None
 
 
 class GateView(NamedTuple):

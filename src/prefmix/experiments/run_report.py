@@ -173,7 +173,7 @@ def _people(policy: MixturePolicy, scored: ScoredTable | None, names: bool, abse
     weights = UserWeights(policy.model, config.latent, users, policy.metadata_encoder)
     found = weights.posterior(None, list(users.names), metadata).exp().double().numpy()
     known = groups if any(group is not None for group in groups) else []
-    return People(found, list(users.names) if names else [], known)
+    return People(found, list(users.names) if names else [], known, config.provenance.get("training_users"))
 
 
 def _compared(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from prefmix.data.counted import counted
 from prefmix.evaluation.figures.canvas import WIDTH, Canvas, Figure, expert_colour, expert_name, number
 from prefmix.evaluation.figures.charts import clipped, share_rows
 
@@ -58,7 +59,7 @@ def people_map(weights: np.ndarray, names: Sequence[str] = (), groups: Sequence[
     shared = (
         "" if len(columns) == len(order) else f" Each column is the mean of about {len(order) // len(columns)} users."
     )
-    caption = f"{len(order):,} users, sorted by most probable expert, the surest first.{shared}"
+    caption = f"{counted(len(order), 'user')}, sorted by most probable expert, the surest first.{shared}"
     sizes = np.bincount(weights.argmax(axis=1), minlength=num_experts)
     sure = weights.max(axis=1)
     rows = [
@@ -178,7 +179,7 @@ def _sorted_users(weights: np.ndarray) -> np.ndarray:
 def _who(members: np.ndarray, names: Sequence[str]) -> str:
     if len(members) == 1:
         return names[int(members[0])] if names else f"user {members[0]}"
-    return f"{len(members)} users"
+    return counted(len(members), "user")
 
 
 def _mean(values: np.ndarray) -> str:
@@ -191,7 +192,7 @@ def _histogram(weights: np.ndarray) -> Figure:
     for i, count in enumerate(counts):
         tall = HEIGHT * count / max(counts.max(), 1)
         k = int(edges[i] + edges[i + 1] > 1)
-        tip = f"{count:,} users with {edges[i]:.0%} to {edges[i + 1]:.0%} of expert 1"
+        tip = f"{counted(count, 'user')} with {edges[i]:.0%} to {edges[i + 1]:.0%} of expert 1"
         canvas.box(left + i * width, TOP + HEIGHT - tall, width - 2, tall, expert_colour(k), tip=tip, expert=k)
         if count:
             said = f"{count:,}" if count < 1000 else f"{count / 1000:.0f}k"
