@@ -28,7 +28,6 @@ COMMON_TRAINER_FIELDS = (
     "lr_scheduler_type",
     "warmup_steps",
     "weight_decay",
-    "max_grad_norm",
     "eval_strategy",
     "eval_steps",
     "save_steps",
