@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from prefmix.cli.compare_recipe import load_comparison
 from prefmix.cli.main import main
 from prefmix.cli.recipe import RecipeError
 from prefmix.experiments.arms import all_arms
+from prefmix.experiments.compare_settings import CompareSettings
+from prefmix.experiments.comparison_run import read_sources
 
 
 def test_the_list_names_every_arm(capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,6 +89,17 @@ def test_the_plan_counts_what_would_run(
     path.write_text(path.read_text().replace("arms: [", "arms: [oracle] #"), encoding="utf-8")
     assert main(["compare", str(path), "--dry_run"]) == 2
     assert "every one needs a `group`" in capsys.readouterr().err
+
+
+def test_users_may_stand_in_another_column(tmp_path: Path) -> None:
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "rater": "r"}
+    (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(row)] * 4), encoding="utf-8")
+    settings = CompareSettings(train_data=str(tmp_path / "rows.jsonl"), user_column="rater")
+    rows = read_sources(settings)
+    assert rows["train"] == [{"prompt": "a", "chosen": "b", "rejected": "c", "user": "r"}] * 4
+    assert rows["test"] is None
+    with pytest.raises(ValueError, match="no row has this column .user_column.*'rater'"):
+        read_sources(replace(settings, user_column="ratr"))
 
 
 def test_a_file_of_another_verb_is_sent_there_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,7 +88,7 @@ def _plan(settings: CompareSettings) -> dict[str, Any]:
     plan: dict[str, Any] = {}
     for field in fields(CompareSettings):
         if field.name.endswith("_data") and (source := getattr(settings, field.name)) is not None:
-            report = validate(source)
+            report = validate(source, None, settings.user_column)
             plan[field.name] = (
                 f"{source}: {counted(report.rows, 'row')}, {counted(report.users, 'user')}, "
                 f"{counted(report.texts, 'text')}"

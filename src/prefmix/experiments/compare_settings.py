@@ -34,6 +34,7 @@ class CompareSettings:
     new_user_data: str | None = _field(
         None, "Reported rows of people whom training does not see; null: a part of train_data where test_data is null."
     )
+    user_column: str | None = _field(None, "Column of all of them that names who judged; null: `user`.")
     output_dir: str = _field("compare", "Folder of results; the same command goes on where it stopped.")
     split: str = _field(
         "row", "What no two parts share. row: nothing; text: responses (mixed rows are dropped); prompt: prompts."

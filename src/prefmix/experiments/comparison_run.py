@@ -125,7 +125,8 @@ def read_sources(settings: CompareSettings) -> dict[str, list[dict[str, Any]] | 
         "test": settings.test_data,
         "new_users": settings.new_user_data,
     }
-    return {name: None if source is None else read_checked(source).source.rows for name, source in names.items()}
+    read = {name: source and read_checked(source, None, settings.user_column) for name, source in names.items()}
+    return {name: found.source.rows if found else None for name, found in read.items()}
 
 
 def usable_arms(arms: Sequence[Arm], rows: Sequence[Mapping[str, Any]] | None) -> tuple[list[Arm], list[str]]:
