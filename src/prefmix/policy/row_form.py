@@ -27,14 +27,14 @@ _PROMPT_REMEDIES = {
 
 
 class RowForm:
-    """The form of a policy's training rows; warns of rows and of prompts in the other one, each once a policy."""
+    """The form of a policy's training rows; warns of rows or prompts in the other one, once a policy."""
 
     def __init__(self, trained: str | None) -> None:
         """Args:
         trained: `conversational` or `standard` (plain), `ComparisonTable.form`; anything else: unknown, never warns.
         """
         self._trained = trained
-        self._warned: set[str] = set()
+        self._warned = False
 
     def check_rows(self, form: str | None) -> None:
         """Warns where rows (all have one form) are in the other one.
@@ -54,10 +54,10 @@ class RowForm:
 
     def _warn(self, form: str | None, what: str, effect: str, remedies: dict[str, str]) -> None:
         known = self._trained in _NAMES and form in _NAMES
-        if not known or form == self._trained or what in self._warned:
+        if not known or form == self._trained or self._warned:
             return
         assert form is not None and self._trained is not None
-        self._warned.add(what)
+        self._warned = True
         warnings.warn(
             f"{what} {_NAMES[form]}, but training rows were {_NAMES[self._trained]}: {effect}; "
             f"{remedies[self._trained]}",

@@ -49,10 +49,13 @@ def penalty(
 
 
 def pooling_of(args: MixtureConfig, start: float) -> float:
-    """`args.pooling`, or where that is null what the start asks for, if all of several experts have a gradient."""
+    """`args.pooling`, or where that is null what the start asks for, if several experts explain rows and all learn.
+
+    The other two likelihoods are of one policy, whose experts need not explain a row each.
+    """
     if args.pooling is not None:
         return args.pooling
-    return start if args.num_experts > 1 and args.m_step == "all" else 0.0
+    return start if args.num_experts > 1 and args.m_step == "all" and args.likelihood == "mbt" else 0.0
 
 
 def pooling_penalty(
