@@ -149,7 +149,8 @@ def test_where_it_is_not_asked_for_it_holds_only_what_can_be_held(make_trainer: 
     assert pooling_of(make_trainer(num_experts=2, pooling=0.0).args, 0.3) == 0.0
     assert pooling_of(make_trainer(num_experts=1).args, 0.3) == 0.0
     assert pooling_of(make_trainer(num_experts=2, m_step="top").args, 0.3) == 0.0
-    assert pooling_of(make_trainer(num_experts=2, latent="pair", likelihood="bt_lse").args, 0.3) == 0.0
+    marginal = {"latent": "pair", "likelihood": "bt_lse", "gate_update": "gradient"}
+    assert pooling_of(make_trainer(num_experts=2, **marginal).args, 0.3) == 0.0
 
 
 def test_strong_pooling_keeps_experts_together(make_trainer: Make, tmp_path: Path) -> None:
