@@ -11,7 +11,7 @@ import torch
 
 from prefmix.evaluation.generation_quality import sample_responses
 from prefmix.evaluation.reference import reference_policy
-from prefmix.experiments.diagnose_writing import EACH, PROMPTS, Writing, judge_writing, writing
+from prefmix.experiments.diagnose_writing import PROMPTS, RESPONSES, Writing, judge_writing, writing
 from prefmix.experts.branches import BranchedExperts
 from prefmix.experts.independent import IndependentExperts
 from prefmix.experts.interface import AbstractExperts
@@ -54,7 +54,8 @@ def test_an_expert_in_a_loop_is_named_and_one_at_the_reference_is_not(
     looped = writing(policy, ROWS)
     assert looped is not None and looped.level == "warning", looped
     assert "expert 1" in looped.what and "expert 0" not in looped.what and "at_strength" in looped.remedy
-    assert f"over {len(ROWS) * EACH} responses an expert" in looped.what and len(ROWS) < PROMPTS
+    assert "over 9 responses an expert" in looped.what  # three to each of three prompts
+    assert RESPONSES == 8 and len(ROWS) < PROMPTS
 
 
 @pytest.mark.parametrize(

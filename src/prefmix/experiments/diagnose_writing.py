@@ -12,6 +12,7 @@ writes to the same prompts, at temperature 1:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from prefmix.experiments.diagnosis import Finding
 from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.policy.prompts import Prompt, prompt_token_ids
 
-PROMPTS, EACH, MAX_NEW_TOKENS = 4, 2, 48
+PROMPTS, RESPONSES, MAX_NEW_TOKENS = 4, 8, 48
 
 # More than a fifth of what was written is repeated beyond what the reference repeats: two of eight responses that loop.
 # Responses at temperature 1 that do not loop are within 0.05 of it.
@@ -60,7 +61,7 @@ class Writing(NamedTuple):
 
 
 def writing(policy: MixturePolicy, rows: Sequence[Mapping[str, Any]], *, seed: int = 0) -> Finding | None:
-    """Lets every expert and the reference write `EACH` responses to `PROMPTS` prompts of the rows.
+    """Lets every expert and the reference write `RESPONSES` responses, to up to `PROMPTS` prompts of the rows.
 
     Args:
         policy: the policy.
@@ -74,7 +75,7 @@ def writing(policy: MixturePolicy, rows: Sequence[Mapping[str, Any]], *, seed: i
     if not found or reference is None:
         return None
     num_experts = policy.config.num_experts
-    call: dict[str, Any] = {"each": EACH, "max_new_tokens": MAX_NEW_TOKENS, "seed": seed}
+    call: dict[str, Any] = {"each": math.ceil(RESPONSES / len(found)), "max_new_tokens": MAX_NEW_TOKENS, "seed": seed}
     total = num_experts + 1
     with stage("letting experts and the reference write", total, "writer") as done:
         own = _figures(sample_responses(reference, found, **call), 0)  # type: ignore[arg-type]

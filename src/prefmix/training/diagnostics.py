@@ -89,7 +89,7 @@ def warn_of_overfitting(trainer: MixtureTrainer) -> None:
         before = f"{best:.3f} earlier in the run" if best < COIN else f"{COIN:.3f} of a coin"
         logger.warning(
             "prefmix: held-out log-loss ends at %.3f, worse than the %s: the experts have learnt these texts by heart, "
-            "and may write badly; %s; `prefmix diagnose ROWS --policy RUN` says more",
+            "and may write badly; %s; `prefmix diagnose HELD_OUT_ROWS --policy RUN` says more",
             *(last, before, remedy_of_overfitting(trainer.args.learning_rate)),
         )
         return
