@@ -286,7 +286,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", help="smollm2 (default), or a folder; stories15M is looked for under PREFMIX_DATA/lm"
     )
-    parser.add_argument("--quick", action="store_true", help="stories15M: ten minutes of CPU a seed")
+    parser.add_argument("--quick", action="store_true", help="stories15M: fifteen minutes of CPU a seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--vocabulary", type=int, help="tokens that stay; 0: all")
     parser.add_argument("--sft-tokens", type=int, help="of reviews that the reference is fine-tuned on; 0: none")
