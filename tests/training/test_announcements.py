@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from prefmix.data.counted import counted
 from prefmix.mixture.held_out import Gain
 from prefmix.policy.mixture_policy import MixturePolicy
-from prefmix.training.announcements import counted, followers, gain_line
+from prefmix.training.announcements import followers, gain_line
 from prefmix.training.trainer import MixtureTrainer
 
 Make = Callable[..., MixtureTrainer]

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from prefmix.data.counted import counted
 from prefmix.mixture.held_out import Gain
 from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.training.penalties import pooling_of
@@ -29,11 +30,6 @@ _FOUND_BY = {
     "random": "at random",
     "experts": "the experts that they start from have",
 }
-
-
-def counted(number: float, noun: str) -> str:
-    """`1 user`, `2 users`, `0.5 epochs`."""
-    return (f"{number:,}" if isinstance(number, int) else f"{number:g}") + f" {noun}" + ("" if number == 1 else "s")
 
 
 def report_choices(trainer: MixtureTrainer) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, PrinterCallback, ProgressCallback
 
 _SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "mixture/evidence")
@@ -26,34 +26,27 @@ def short_logs(logs: Mapping[str, Any]) -> dict[str, Any]:
     return shown | {name: logs[name] for name in _AFTER_USAGE if name in logs}
 
 
-class ShortProgress(ProgressCallback):
+class _ShortLines(TrainerCallback):
+    """Before a callback that shows figures: hands it the short line's."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Shows the short line."""
+        super().on_log(args, state, control, logs=short_logs(logs or {}))
+
+
+class ShortProgress(_ShortLines, ProgressCallback):
     """transformers' bar, with short lines."""
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        """Writes the short line above the bar."""
-        super().on_log(args, state, control, logs=short_logs(logs or {}))
 
-
-class ShortPrinter(PrinterCallback):
+class ShortPrinter(_ShortLines, PrinterCallback):
     """transformers' lines without a bar (`disable_tqdm`), short."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        """Prints the short line."""
-        super().on_log(args, state, control, logs=short_logs(logs or {}))
 
 
 def shorten_lines(handler: CallbackHandler) -> None:
