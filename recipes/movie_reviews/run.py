@@ -53,11 +53,18 @@ from prefmix.policy.prompts import prompt_token_ids
 
 OBJECTIVES = ("sentiment", "informativeness", "grammar")
 UNTRAINED = ("sentiment, other judge", "length")
-# Per model: tokens that stay (0: all), fine-tuning tokens, training prompts, evaluation prompts.
-SIZES = {
-    "stories15M": {"vocabulary": 4096, "sft_tokens": 400_000, "prompts": 600, "evaluation": 160},
-    "smollm2": {"vocabulary": 0, "sft_tokens": 0, "prompts": 100, "evaluation": 40},
-}
+# Per model, where the command line is silent: tokens that stay (0: all) and that the reference is fine-tuned on,
+# prompts and responses to each, learning rates, strengths, and the type of the trunk.
+SIZES: dict[str, dict[str, Any]] = {
+    "stories15M": {
+        "vocabulary": 4096, "sft_tokens": 400_000, "prompts": 600, "each": 4, "validation": 60, "evaluation": 240,
+        "rates": [2e-3], "strengths": [1.0, 2.0, 4.0], "dtype": "float32",
+    },
+    "smollm2": {
+        "vocabulary": 4096, "sft_tokens": 60_000, "prompts": 400, "each": 3, "validation": 50, "evaluation": 60,
+        "rates": [5e-4, 2e-3], "strengths": [1.0, 2.0], "dtype": "bfloat16",
+    },
+}  # fmt: skip
 NOT_SETTINGS = ("work_dir", "output", "seeds", "quick", "commit")
 
 
@@ -87,8 +94,8 @@ class Study:
                 raise ValueError(f"--output {args.output} was made with other settings; name another file")
             self.results = found
         self.reviews: Reviews = load_reviews()
-        self.rewards = self._rewards()
         self.base = self._reference()
+        self.rewards = self._rewards()
 
     def run_seed(self, seed: int) -> None:
         """Samples, annotates, trains, judges; nothing where the seed is there already."""
@@ -128,14 +135,22 @@ class Study:
         texts, praise = zip(*self.reviews.rewards, strict=True)
         other_texts, other_praise = zip(*self.reviews.other_domain, strict=True)
         sentiment, other = SentimentReward(texts, praise), SentimentReward(other_texts, other_praise)
-        rewards = (sentiment, InformativenessReward(texts), GrammarReward(), other, length_reward)
+        informativeness = InformativenessReward(texts, like=self._reference_writing(texts))
+        rewards = (sentiment, informativeness, GrammarReward(), other, length_reward)
         return dict(zip((*OBJECTIVES, *UNTRAINED), rewards, strict=True))
+
+    def _reference_writing(self, texts: Sequence[str]) -> list[str]:
+        """What the reference writes to beginnings of reviews that reward models read: what is usual at a length."""
+        args = self.args
+        prompts = prefixes(texts, args.usual, np.random.default_rng(0), (args.prefix_words // 2, args.prefix_words))
+        call: dict[str, Any] = {"each": 2, "max_new_tokens": args.new_tokens, "seed": 0}
+        return sample_responses(reference_policy(self.base), prompts, **call).responses
 
     def _reference(self) -> BaseModel:
         """The model that writes and is fine-tuned against: cut and fine-tuned once, for all seeds."""
         args = self.args
         if not args.vocabulary and not args.sft_tokens:
-            return load_base(args.model, dtype=torch.float32)
+            return load_base(args.model, dtype=getattr(torch, args.dtype))
         folder = args.work_dir / f"reference-{Path(args.model).name}-{args.vocabulary}-{args.sft_tokens}"
         done = folder / "fine_tuning.json"
         if not done.is_file():
@@ -149,7 +164,7 @@ class Study:
             record = {"loss": loss, "cpu_seconds": round(time.process_time() - start, 1)}
             done.write_text(json.dumps(record) + "\n", encoding="utf-8")
         self.results["fine_tuning"] = json.loads(done.read_text(encoding="utf-8"))
-        return load_base(folder, dtype=torch.float32)
+        return load_base(folder, dtype=getattr(torch, args.dtype))
 
     def _sample(self, seed: int, record: dict[str, Any]) -> dict[str, Sampled]:
         """The reference's responses to prompts of training, validation and evaluation, objectives standardised."""
@@ -191,9 +206,10 @@ class Study:
         # The whole grid with the first seed only; its validation rows are in no other seed's evaluation.
         rates = [self.results["chosen_rates"][name]] if name in self.results["chosen_rates"] else args.rates
         options = {
-            "bf16": False, "cache_dir": str(args.work_dir / "trunk_states"), "num_train_epochs": args.epochs,
-            "per_device_train_batch_size": 32, "beta": args.beta, "expert_rank": args.rank, "head": "hidden",
-            "token_dropout": args.token_dropout, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5,
+            "bf16": args.dtype == "bfloat16", "cache_dir": str(args.work_dir / "trunk_states"),
+            "num_train_epochs": args.epochs, "per_device_train_batch_size": 32, "beta": args.beta,
+            "expert_rank": args.rank, "head": "hidden", "token_dropout": args.token_dropout, "warmup_steps": 5,
+            "lr_scheduler_type": "constant_with_warmup",
         }  # fmt: skip
         folder = args.work_dir / "runs"
         choice = train_method(arm, rates, comparisons, self.base, options, seed=seed, folder=folder)
@@ -286,25 +302,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", help="smollm2 (default), or a folder; stories15M is looked for under PREFMIX_DATA/lm"
     )
-    parser.add_argument("--quick", action="store_true", help="stories15M: fifteen minutes of CPU a seed")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--quick", action="store_true", help="stories15M: twenty minutes of CPU a seed")
+    # Seeds 0 to 2 were looked at while the rewards were made.
+    parser.add_argument("--seeds", type=int, nargs="+", default=[3, 4, 5])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the trunk, once tuned")
     parser.add_argument("--vocabulary", type=int, help="tokens that stay; 0: all")
     parser.add_argument("--sft-tokens", type=int, help="of reviews that the reference is fine-tuned on; 0: none")
     parser.add_argument("--prompts", type=int, help="training prompts")
-    parser.add_argument("--each", type=int, default=4, help="responses to each training and validation prompt")
-    parser.add_argument("--validation", type=int, default=60, help="validation prompts")
+    parser.add_argument("--each", type=int, help="responses to each training and validation prompt")
+    parser.add_argument("--validation", type=int, help="validation prompts")
     parser.add_argument("--evaluation", type=int, help="evaluation prompts")
     parser.add_argument("--evaluation-each", type=int, default=2, help="responses to each of them")
+    parser.add_argument("--usual", type=int, default=200, help="prompts whose answers say what is usual at a length")
     parser.add_argument("--prefix-words", type=int, default=12, help="longest beginning of a review, words")
     parser.add_argument("--new-tokens", type=int, default=48, help="longest response")
     parser.add_argument("--annotators", type=int, default=12, help="of each objective")
     parser.add_argument("--comparisons", type=int, default=64, help="training comparisons of each annotator")
-    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 8e-3], help="learning rates to choose from")
+    parser.add_argument("--rates", type=float, nargs="+", help="learning rates to choose from")
     parser.add_argument("--epochs", type=int, default=4, help="the best one on validation rows is kept")
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--token-dropout", type=float, default=0.5)
-    parser.add_argument("--strengths", type=float, nargs="+", default=[1.0, 2.0, 4.0], help="1 must be among them")
+    parser.add_argument("--strengths", type=float, nargs="+", help="1 must be among them")
     parser.add_argument("--product-steps", type=int, default=3, help="weights of products are multiples of 1 / this")
     parser.add_argument("--bootstraps", type=int, default=200)
     parser.add_argument("--commit", default="", help="of the code, for the JSON")

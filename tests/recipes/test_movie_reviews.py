@@ -66,9 +66,9 @@ def test_recipe_goes_from_reviews_to_tables_and_pictures_and_does_nothing_twice(
     monkeypatch.setenv("PREFMIX_DATA", str(tmp_path / "data"))
     output = tmp_path / "results.json"
     arguments = (
-        f"--model {base_folder} --vocabulary 300 --sft-tokens 2048 --seeds 0 --prompts 16 --validation 8 "
-        "--evaluation 8 --each 3 --prefix-words 6 --new-tokens 8 --annotators 2 --comparisons 6 --rates 0.05 "
-        f"--epochs 1 --rank 2 --strengths 1 2 --product-steps 2 --bootstraps 3 "
+        f"--model {base_folder} --vocabulary 300 --sft-tokens 2048 --seeds 0 --prompts 16 --validation 8 --usual 8 "
+        "--dtype float32 --evaluation 8 --each 3 --prefix-words 6 --new-tokens 8 --annotators 2 --comparisons 6 "
+        f"--rates 0.05 --epochs 1 --rank 2 --strengths 1 2 --product-steps 2 --bootstraps 3 "
         f"--work-dir {tmp_path / 'work'} --output {output}"
     ).split()
     run = recipe("run")

@@ -7,7 +7,7 @@ fitted on texts that the caller gives, so that reward models, policies and evalu
 | --- | --- | --- | --- |
 | `SentimentReward` | log-odds of praise, nats | labelled texts | scikit-learn |
 | `GrammarReward` | minus lints per 100 words | nothing | harper-py |
-| `InformativenessReward` | nats of idf beyond what a text of that length has | texts | - |
+| `InformativenessReward` | nats of idf a word beyond what a text of that length has | texts | - |
 | `length_reward` | words | nothing | - |
 | `ClassifierReward` | log-probability of a label, nats | a trained classifier of transformers | - |
 
@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Float
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+MIN_PIECES = 2000  # that say what is usual at a length; few texts are cut several times
 MIN_DOCUMENTS = 3  # a word that fewer texts hold is no word of the language; nothing is earned by writing it
 
 # Not grammar: names and rare words are spelt as they are spelt, a cut text ends in the middle, and taste is no error.
@@ -95,42 +96,65 @@ class SentimentReward:
 
 
 class InformativenessReward:
-    """How much rarer the words of a response are than those of other texts of its length.
+    """How much rarer the words of a response are than those of other texts of its length, for each word.
 
-        r(y) = sum of idf(w) over distinct words w of y  -  expected(n(y)),    idf(w) = log(N / df(w))
+        r(y) = (sum of idf(w) over distinct words w of y  -  expected(n(y))) / max(n(y), shortest)
+        idf(w) = log(N / df(w))
 
     The sum alone is mostly length, so its mean given the number of words n is taken away: a + b n + c n log n, by
-    least squares over pieces of the fitted texts. Words that fewer than `MIN_DOCUMENTS` texts hold count nothing:
-    otherwise the best text would be one of misspellings.
+    least squares over pieces of texts. What is left is divided by n: a writer whose words are a little too common
+    would otherwise gain by writing fewer of them. Below `shortest` words the divisor stays, so that one rare word is
+    not the best text. Words that fewer than `MIN_DOCUMENTS` texts hold count nothing: otherwise the best text would
+    be one of misspellings.
+
+    `like` are texts that responses are compared to, length by length. With the reference policy's own writing the mean
+    reward of the reference is zero at every length, and nothing is gained or lost by length alone. Without it, a
+    reference that writes commoner words than `texts` still gains by answers below `shortest` words.
     """
 
-    def __init__(self, texts: Sequence[str], *, longest: int = 80, seed: int = 0) -> None:
+    def __init__(
+        self,
+        texts: Sequence[str],
+        *,
+        like: Sequence[str] | None = None,
+        longest: int = 80,
+        shortest: int = 20,
+        seed: int = 0,
+    ) -> None:
         """Counts words, and measures what length alone gives.
 
         Args:
             texts: at least 10 texts of the language that responses are written in.
+            like: at least 10 texts whose pieces say what is usual at a length; None: `texts`.
             longest: pieces have 1 to so many words, so that short responses are covered as well as long ones.
+            shortest: least number of words that a response is divided by, positive.
             seed: of the pieces.
 
         Raises:
-            ValueError: too few texts.
+            ValueError: too few texts, or `shortest` is not positive.
         """
-        if len(texts) < 10:
-            raise ValueError(f"texts: {len(texts)} are too few to know which words are rare; give at least 10")
+        for name, given in (("texts", texts), ("like", texts if like is None else like)):
+            if len(given) < 10:
+                raise ValueError(f"{name}: {len(given)} are too few to know which words are rare; give at least 10")
+        if shortest < 1:
+            raise ValueError(f"shortest={shortest}: at least one word")
         documents = [words(text) for text in texts]
         count = Counter(word for document in documents for word in set(document))
         self._idf = {word: math.log(len(texts) / df) for word, df in count.items() if df >= MIN_DOCUMENTS}
-        pieces = list(_pieces(documents, longest, np.random.default_rng(seed)))
+        usual = documents if like is None else [words(text) for text in like]
+        rounds, rng = -(-MIN_PIECES // len(usual)), np.random.default_rng(seed)
+        pieces = [piece for _ in range(rounds) for piece in _pieces(usual, longest, rng)]
         sums = np.array([self._sum(piece) for piece in pieces])
         design = _length_terms(np.array([len(piece) for piece in pieces]))
         self._expected = np.linalg.lstsq(design, sums, rcond=None)[0]
+        self._shortest = shortest
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Float[np.ndarray, "N"]:
-        """[N] nats of idf beyond the mean of texts with as many words."""
+        """[N] nats of idf a word beyond the mean of texts with as many words."""
         documents = [words(response) for response in responses]
+        lengths = np.array([len(document) for document in documents], dtype=np.int64)
         sums = np.array([self._sum(document) for document in documents], dtype=np.float64)
-        expected = _length_terms(np.array([len(document) for document in documents], dtype=np.int64)) @ self._expected
-        return np.asarray(sums - expected)
+        return np.asarray((sums - _length_terms(lengths) @ self._expected) / np.maximum(lengths, self._shortest))
 
     def _sum(self, document: Iterable[str]) -> float:
         # Sorted: the sum of a set would depend on Python's hash seed in its last digits.
@@ -168,7 +192,8 @@ class GrammarReward:
         return np.array([self._one(p, r) for p, r in zip(prompts, responses, strict=True)], dtype=np.float64)
 
     def _one(self, prompt: str, response: str) -> float:
-        lints = self._linter.lint(prompt + response, language="plaintext")
+        # A line's end: rules of harper 2.13 read one token past a text that ends in "both one", and panic.
+        lints = self._linter.lint(f"{prompt}{response}\n", language="plaintext")
         # Where one word goes from prompt to response, the error is the response's.
         errors = sum(lint.lint_kind not in self._not_counted and lint.span.end > len(prompt) for lint in lints)
         return -100.0 * errors / max(len(words(response)), self._shortest)
