@@ -72,6 +72,26 @@ def test_recipe_trains_gates_and_leaves_experts_alone(
         recipe("run").main([*command, "--train", "26"])
 
 
+def test_own_dpo_stops_at_one_epoch_for_all_domains(
+    recipe: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, fits = recipe("run"), []
+    curves = {"own DPO movies": [0.6, 0.5, 0.52], "own DPO books": [0.69, 0.66, 0.62]}  # together best at the third
+
+    def fit(place: Any, name: str, options: dict[str, Any], splits: Any) -> Any:
+        losses = curves[name] if splits.validation is not None else []
+        fits.append((name, options.get("num_train_epochs"), len(losses)))
+        return run.FittedArm(None, int(np.argmin(losses)) + 1 if losses else 0, losses, Path())
+
+    monkeypatch.setattr(run, "_fit", fit)
+    monkeypatch.setattr(run, "_of_domain", lambda splits, domain: splits)
+    place = run.Place(None, run.Splits(None, "validation", None), None, {}, Path(), 0)
+    found = run.own_dpo(place, 8)
+    assert {name: arm.epoch for name, arm in found.items()} == {"movies": 3, "books": 3}
+    assert found["movies"].validation == curves["own DPO movies"]
+    assert fits == [("own DPO movies", None, 3), ("own DPO books", None, 3), ("own DPO movies", 3, 0)]
+
+
 def test_no_review_stands_twice_and_tastes_are_opposed(recipe: Callable[[str], ModuleType]) -> None:
     domains = recipe("domains")
     rows = domains.draw_rows(domains.Sizes(20, 6, 10, 6, 2, 2, opening_words=19, end_words=3), seed=3)
