@@ -24,7 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add_policy(parser)
     parser.add_argument("--prompt", help="what to answer; default: standard input")
-    parser.add_argument("--raw", action="store_true", help="the prompt as it stands, without the model's chat template")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
+        "--raw", action="store_true", default=None, help="the prompt as it stands, without a chat template"
+    )
+    form.add_argument(
+        "--no_raw",
+        dest="raw",
+        action="store_false",
+        default=None,
+        help="the prompt in the model's chat template; default: as training rows were written",
+    )
     add_sampling(parser)
     parser.add_argument("--stream", action="store_true", help="print tokens as they come")
 
@@ -95,6 +105,16 @@ def _check_is_read(args: argparse.Namespace, metadata: dict[str, Any]) -> None:
         note(f"{', '.join(ignored)} did not occur in training and counts as unknown")
 
 
+def _asked(prompt: str, policy: MixturePolicy, raw: bool | None) -> Prompt:
+    """The prompt as text or as a user's message."""
+    from prefmix.policy.row_form import PLAIN
+
+    if raw is None:
+        raw = policy.config.row_form == PLAIN
+    chats = policy.tokenizer.chat_template is not None and not raw
+    return [{"role": "user", "content": prompt}] if chats else prompt
+
+
 def run(args: argparse.Namespace) -> None:
     """Prints the answer, and nothing else, on stdout."""
     options = sampling(args)
@@ -104,8 +124,7 @@ def run(args: argparse.Namespace) -> None:
     with stdout_is_for_results():
         policy = load_policy(args)
         options |= objective_weights(args, policy)
-    chats = policy.tokenizer.chat_template is not None and not args.raw
-    asked: Prompt = [{"role": "user", "content": prompt}] if chats else prompt
+    asked = _asked(prompt, policy, args.raw)
     if not args.stream:
         print(policy.generate(asked, **options))
         return
