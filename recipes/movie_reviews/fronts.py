@@ -184,7 +184,10 @@ def _front_volumes(seeds: Sequence[SeedArrays], kl: float) -> Callable[[Sequence
 
 
 def share_of_oracle(seeds: Sequence[SeedArrays], method: str, bootstraps: int) -> dict[str, dict[str, Interval]]:
-    """Objective -> (specialist - reference) / (oracle - reference), as trained, with both gains and KLs."""
+    """Objective -> (specialist - reference) / (oracle - reference), as trained, with both gains and KLs.
+
+    For the mixture, which wrote at several strengths, also the share at the oracle's KL.
+    """
     objectives = seeds[0].objectives
 
     def statistic(draws: Sequence[Draw]) -> list[float]:
@@ -198,17 +201,23 @@ def share_of_oracle(seeds: Sequence[SeedArrays], method: str, bootstraps: int) -
             kls = [
                 float(np.mean([seeds[d.group].kl(key)[d.members].mean() for d in draws])) for key in columns.values()
             ]
-            found += [
-                gains[method] / gains["oracle"] if gains["oracle"] else float("nan"),
-                gains[method],
-                gains["oracle"],
-                *kls,
-            ]
+            oracle = gains["oracle"] or float("nan")
+            equal = float(np.mean([_at_oracle_kl(seeds[d.group], method, objective, index, d) for d in draws]))
+            found += [gains[method] / oracle, equal / oracle, gains[method], gains["oracle"], *kls]
         return found
 
     intervals = nested_bootstrap(statistic, _sizes(seeds), num_resamples=bootstraps)
-    names = ("share", "gain", "oracle gain", "KL", "oracle KL")
-    return {o: dict(zip(names, intervals[5 * i : 5 * i + 5], strict=True)) for i, o in enumerate(objectives)}
+    names = ("share", "share at the oracle's KL", "gain", "oracle gain", "KL", "oracle KL")
+    width = len(names)
+    return {o: dict(zip(names, intervals[width * i : width * (i + 1)], strict=True)) for i, o in enumerate(objectives)}
+
+
+def _at_oracle_kl(arrays: SeedArrays, method: str, objective: str, index: int, draw: Draw) -> float:
+    """Gain of the mixture's specialist at its oracle's KL; NaN for methods that wrote at one strength."""
+    if method != "mixture":
+        return float("nan")
+    kl = float(arrays.kl(f"oracle/{objective}/1")[draw.members].mean())
+    return float(_gains([arrays.specialist(objective)], draw.members, kl)[0, index])
 
 
 def _gain(arrays: SeedArrays, name: str, index: int, prompts: np.ndarray) -> float:

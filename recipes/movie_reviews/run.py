@@ -98,9 +98,7 @@ class Study:
         self.rewards = self._rewards()
 
     def run_seed(self, seed: int) -> None:
-        """Samples, annotates, trains, judges; nothing where the seed is there already."""
-        if str(seed) in self.results["seeds"] and self._arrays(seed).is_file():
-            return
+        """Samples, annotates, trains, judges."""
         start = time.process_time()
         record: dict[str, Any] = {}
         drawn = self._sample(seed, record)
@@ -114,6 +112,10 @@ class Study:
         record["seconds"] = round(time.process_time() - start, 1)
         self.results["seeds"][str(seed)] = record
         self.write()
+
+    def missing(self, seeds: Sequence[int]) -> list[int]:
+        """Seeds that are not in the JSON, or whose arrays are not there."""
+        return [s for s in seeds if str(s) not in self.results["seeds"] or not self._arrays(s).is_file()]
 
     def report(self) -> None:
         """Figures over all seeds, tables and pictures."""
@@ -287,8 +289,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             setattr(args, field, value)
     torch.set_num_threads(1)
     study = Study(args)
-    for seed in args.seeds:
+    missing = study.missing(args.seeds)
+    for seed in missing:
         study.run_seed(seed)
+        study.report()
+    if not missing:
         study.report()
     return study.results
 

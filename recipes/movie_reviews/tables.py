@@ -117,11 +117,19 @@ def tables_text(results: Mapping[str, Any]) -> str:
         parts.append(plain_table(["corner", *FRONTS], rows))
     for method, table in found["share_of_oracle"].items():
         rows = [
-            [o, *(_cell(row[c]) for c in ("share", "gain", "oracle gain", "KL", "oracle KL"))]
+            [
+                o,
+                *(
+                    _cell(row[c])
+                    for c in ("share", "share at the oracle's KL", "gain", "oracle gain", "KL", "oracle KL")
+                ),
+            ]
             for o, row in table.items()
         ]
         parts.append(f"{method}: share of the way from reference to oracle")
-        parts.append(plain_table(["objective", "share", "gain", "oracle's gain", "KL", "oracle's KL"], rows))
+        parts.append(
+            plain_table(["objective", "share", "share at its KL", "gain", "oracle's gain", "KL", "oracle's KL"], rows)
+        )
     header = ["policy", *next(iter(found["means"].values()))]
     parts.append(plain_table(header, [[name, *map(str, row.values())] for name, row in found["means"].items()]))
     return "\n".join(parts)
