@@ -62,7 +62,9 @@ def test_recipe_trains_gates_and_leaves_experts_alone(
         arms = report["summary"]["domains"][name]
         assert len(seed["domains"][name]["own DPO"]["reward"]) == 6
         assert arms["MoE-DPO"]["accuracy"] != arms["MoE-DPO"]["log_loss"]
-        assert arms["MoE-DPO minus own DPO"]["reward"]["num_rows"] == 6
+        difference = arms["MoE-DPO minus own DPO"]["reward"]
+        assert difference["num_rows"] == 6 and difference["each"] == pytest.approx([difference["mean"]])
+        assert difference["seeds_low"] <= difference["mean"] <= difference["seeds_high"]
     ElementTree.fromstring((tmp_path / "results-prompts.svg").read_text(encoding="utf-8"))
     written = (tmp_path / "results.json").read_text(encoding="utf-8")
     assert str(tmp_path) not in written

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from prefmix.mixture.gaussian_clusters import shared_shape_clusters
 from prefmix.mixture.kmeans import kmeans
 
 
@@ -36,8 +37,10 @@ def label_resp(labels: Int[Tensor, "G"], num_experts: int) -> Float[Tensor, "G K
 
 
 def kmeans_resp(features: Float[Tensor, "G P"], num_experts: int, generator: torch.Generator) -> Float[Tensor, "G K"]:
-    """One-hot rows of the k-means clusters of the groups' features (prompt states, or a user's mean difference).
+    """One-hot rows of the clusters of the groups' features (prompt states, or a user's mean difference).
 
+    K-means, and from there clusters of one common shape (`gaussian_clusters`), where points are enough to know it.
     Groups of a column are on its scale: standardise the features first.
     """
-    return one_hot(kmeans(features, num_experts, generator).label, num_experts).float()
+    label = kmeans(features, num_experts, generator).label
+    return one_hot(shared_shape_clusters(features, label, num_experts).label, num_experts).float()
