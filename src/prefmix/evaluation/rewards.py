@@ -133,9 +133,10 @@ class InformativenessReward:
         Raises:
             ValueError: too few texts, or `shortest` is not positive.
         """
-        for name, given in (("texts", texts), ("like", texts if like is None else like)):
-            if len(given) < 10:
-                raise ValueError(f"{name}: {len(given)} are too few to know which words are rare; give at least 10")
+        if len(texts) < 10:
+            raise ValueError(f"texts: {len(texts)} are too few to know which words are rare; give at least 10")
+        if like is not None and len(like) < 10:
+            raise ValueError(f"like: {len(like)} are too few to know what is usual at a length; give at least 10")
         if shortest < 1:
             raise ValueError(f"shortest={shortest}: at least one word")
         documents = [words(text) for text in texts]
