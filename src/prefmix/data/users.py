@@ -97,6 +97,17 @@ class MetadataEncoder:
                 names.extend(f"{field.name}={value}" for value in field.values)
         return names
 
+    @property
+    def field_names(self) -> list[str]:
+        """F names of fields."""
+        return [field.name for field in self._fields]
+
+    @property
+    def field_of_feature(self) -> list[int]:
+        """M places in `field_names`."""
+        widths = [1 if isinstance(field, _NumericField) else len(field.values) for field in self._fields]
+        return [place for place, width in enumerate(widths) for _ in range(width)]
+
     def __len__(self) -> int:
         return len(self.feature_names)
 

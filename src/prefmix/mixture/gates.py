@@ -221,6 +221,13 @@ class Gate(nn.Module):
         self.user[user] = (log_weights - self.population_log_weights()).to(self.user.dtype)
 
     @torch.no_grad()
+    def set_metadata(self, weight: Float[Tensor, "K M"], bias: Float[Tensor, "K"]) -> None:
+        """Puts the `metadata` term at these coefficients."""
+        assert "metadata" in self.terms
+        self.metadata.weight.copy_(weight)
+        self.metadata.bias.copy_(bias)
+
+    @torch.no_grad()
     def fit_prompt_scale(self, prompt_states: Float[Tensor, "P D"]) -> None:
         """Sets mean and scale of the prompt term from the distinct training prompts; constant columns keep scale 1."""
         assert "prompt" in self.reads

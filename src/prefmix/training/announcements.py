@@ -6,6 +6,7 @@ Legend: G latent groups, K experts, U users.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,14 +85,26 @@ def followers(policy: MixturePolicy) -> list[int] | None:
     return _sizes(policy.user_log_weights(policy.users.names))
 
 
-def report_end(folder: Path, run_dir: Path, users: list[int] | None) -> None:
+def silent_fields(policy: MixturePolicy) -> tuple[str, ...]:
+    """Metadata fields to which the gate gives no weight at all: they say nothing of which expert serves whom."""
+    gate, encoder = policy.model.gate, policy.metadata_encoder
+    if "metadata" not in gate.terms or encoder is None:
+        return ()
+    heard = {f for f, weights in zip(encoder.field_of_feature, gate.metadata.weight.T, strict=True) if weights.any()}
+    return tuple(name for place, name in enumerate(encoder.field_names) if place not in heard)
+
+
+def report_end(folder: Path, run_dir: Path, users: list[int] | None, silent: Sequence[str] = ()) -> None:
     """Where the policy is, who is with which expert, and what to do next.
 
     Args:
         folder: of the policy.
         run_dir: of the run.
         users: `followers`.
+        silent: `silent_fields`.
     """
+    if silent:
+        _say(f"metadata that say nothing of who prefers what, and get no weight in the gate: {', '.join(silent)}")
     sizes = [str(size) if k else counted(size, "user") for k, size in enumerate(users or [])]
     who = ", ".join(f"{size} with expert {k}" for k, size in enumerate(sizes))
     _say(f"policy saved in {folder}{': ' + who if who else ''}; next: prefmix report {run_dir} --data ROWS")

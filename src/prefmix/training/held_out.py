@@ -12,8 +12,9 @@ from transformers import EvalPrediction
 from prefmix.evaluation.metrics import accuracy, log_loss
 from prefmix.evaluation.scoring import Predictions, predict, score_texts
 from prefmix.evaluation.weights import known_user_log_weights, population_log_weights
+from prefmix.training.final_gate import ends_with_a_fit, final_gate
 from prefmix.training.population_gate import unknown_user_log_weights
-from prefmix.training.result import gate_with_user_weights, population_noise, training_log_lik
+from prefmix.training.result import population_noise, training_log_lik
 from prefmix.training.setup import Comparisons
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 def held_out_metrics(trainer: MixtureTrainer, comparisons: Comparisons, prefix: str) -> dict[str, float]:
     """Figures of one held-out set, weighted by row.
 
-    `loss` and `accuracy` use what a policy would use: the posterior from the training rows for a known user (where the
-    gate has a row for each user, one more pass over the training rows), the gate for everybody else. `population_loss`
+    `loss` and `accuracy` use what a policy would use: the posterior from the training rows for a known user, the gate
+    for everybody else, with its last M-step (`final_gate`: one more pass over the training rows). `population_loss`
     and `population_accuracy` use the gate alone. A coin has loss log 2 = 0.693.
 
     Args:
@@ -33,7 +34,7 @@ def held_out_metrics(trainer: MixtureTrainer, comparisons: Comparisons, prefix: 
         prefix: of the names, for example `eval`.
     """
     start = time.perf_counter()
-    table, mixture = comparisons.table, trainer.mixture
+    table = comparisons.table
     users, noise = trainer.running_user_state(), population_noise(trainer)
     scores = score_texts(
         trainer.readings.of(comparisons),
@@ -42,9 +43,11 @@ def held_out_metrics(trainer: MixtureTrainer, comparisons: Comparisons, prefix: 
         feedback=replace(trainer.args.feedback_model, label_noise=noise),
         noise=users.rates(table.user.tolist(), noise),
     )
-    terms = unknown_user_log_weights(mixture, comparisons)
-    population = population_log_weights(mixture.gate, terms)
-    gate = gate_with_user_weights(trainer, training_log_lik(trainer)) if "user" in mixture.gate.terms else mixture.gate
+    gate = trainer.mixture.gate
+    if ends_with_a_fit(gate, trainer.args, trainer.latent):
+        gate = final_gate(trainer, training_log_lik(trainer))
+    terms = unknown_user_log_weights(gate, comparisons)
+    population = population_log_weights(gate, terms)
     personal = known_user_log_weights(gate, trainer.latent, users, terms, table.user)
     with_user, without_user = predict(personal, scores), predict(population, scores)
     metrics = _figures(with_user, table.weight, "") | _figures(without_user, table.weight, "population_")

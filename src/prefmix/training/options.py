@@ -94,6 +94,11 @@ class MixtureOptions(ReadingOptions, QuantizationOptions, MembershipOptions, Lik
         "closed_form", "How a purely global gate moves: EM's closed form, gradient steps, or not at all (uniform)."
     )
     gate_prior_alpha: float = _field(1.0, "Dirichlet concentration of the mixture weights, at least 1 (1 is flat).")
+    metadata_prior: Literal["relevance", "flat"] = _field(
+        "relevance",
+        "Of the metadata term's last fit: each field a width that the evidence chooses, none if it says nothing; flat: "
+        "as gradient steps leave it, noise included.",
+    )
     gate_learning_rate: float = _field(1e-2, "Learning rate of gate terms that learn by gradient.")
     # --- E-step -------------------------------------------------------------------------------------------------------
     estep: EStepName = _field(

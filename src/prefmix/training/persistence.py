@@ -14,7 +14,7 @@ import shutil
 from abc import ABC, abstractmethod
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,9 +27,10 @@ from prefmix.data.collator import ComparisonDataset
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.training import checkpoint as store
-from prefmix.training.announcements import followers, report_end
+from prefmix.training.announcements import followers, report_end, silent_fields
 from prefmix.training.config import MixtureConfig
 from prefmix.training.em_state import EMState
+from prefmix.training.final_gate import ends_with_a_fit
 from prefmix.training.metrics_log import Meter
 from prefmix.training.old_runs import FINISHED, POLICY, make_room, refusal
 from prefmix.training.placement import AbstractPlacement
@@ -58,6 +59,7 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
 
     args: MixtureConfig
     em: EMState
+    latent: Literal["pair", "user", "membership"]
     meter: Meter
     placement: AbstractPlacement
     identity: dict[str, Any]
@@ -65,6 +67,7 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
     hold_steps: int
     clock: Clock | None = None
     followers: list[int] | None = None
+    silent: tuple[str, ...] = ()
     data_source: str = ""
     _loop_state: dict[str, Tensor] | None = None
 
@@ -150,20 +153,21 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
         self.save_model(str(run_dir / POLICY))
         self.share_evidence()
         if self.args.should_save:
-            report_end(run_dir / POLICY, run_dir, self.followers)
+            report_end(run_dir / POLICY, run_dir, self.followers, self.silent)
             _write_json(run_dir / FINISHED, {"step": output.global_step, "max_steps": max_steps, **output.metrics})
         return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the policy folder atomically; null: `output_dir/policy`. All processes must call."""
         writes = self.placement.joint or self.args.should_save
-        # What training rows say is kept by user; without users nobody would read it.
-        known = writes and len(cast(ComparisonDataset, self.train_dataset).table.users) > 0
+        # What training rows say is kept by user, and ends the gate's training; else nobody would read it.
+        users = len(cast(ComparisonDataset, self.train_dataset).table.users) > 0
+        known = writes and (users or ends_with_a_fit(self.mixture.gate, self.args, self.latent))
         log_lik = self.refresh_evidence() if known else torch.empty(0, self.args.num_experts)
 
         def policy() -> MixturePolicy:
             finished = self.policy_of(log_lik)
-            self.followers = followers(finished)
+            self.followers, self.silent = followers(finished), silent_fields(finished)
             return finished
 
         self.placement.save_policy(policy, Path(output_dir or self.run_dir / POLICY))

@@ -6,20 +6,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prefmix.mixture.gates import GateInputs
-from prefmix.policy.mixture_model import MixtureModel
+from prefmix.mixture.gates import Gate, GateInputs
 from prefmix.training.setup import Comparisons
 
 
 @torch.no_grad()
-def unknown_user_log_weights(mixture: MixtureModel, comparisons: Comparisons) -> Float[Tensor, "B K"]:
+def unknown_user_log_weights(gate: Gate, comparisons: Comparisons) -> Float[Tensor, "B K"]:
     """[B, K] the gate of each row without its user, on the CPU."""
     table = comparisons.table
-    device = mixture.gate.population_log_weights().device
+    device = gate.population_log_weights().device
     prompt_states = comparisons.prompt_states
     inputs = GateInputs(
         user=torch.full((len(table),), -1, device=device),
         prompt_states=None if prompt_states is None else prompt_states[torch.from_numpy(table.prompt)].to(device),
         metadata=None if comparisons.metadata is None else comparisons.metadata.to(device),
     )
-    return mixture.gate(inputs).cpu()
+    return gate(inputs).cpu()

@@ -5,7 +5,6 @@ Legend: B training rows, U users, K experts.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import platform
 from array import array
@@ -20,17 +19,15 @@ from prefmix.data.comparisons import ComparisonTable
 from prefmix.evaluation.scoring import score_texts
 from prefmix.experts.base_model import BaseModel
 from prefmix.experts.quantization import quantization_of
-from prefmix.mixture.gates import Gate
 from prefmix.mixture.posterior import group_log_lik
 from prefmix.policy.config import PolicyConfig
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.policy.mixture_policy import MixturePolicy
-from prefmix.policy.personalization import map_offsets_of_users
 from prefmix.policy.user_state import UserState
 from prefmix.training.config import MixtureConfig
+from prefmix.training.final_gate import final_gate
 from prefmix.training.membership_options import membership_dim
 from prefmix.training.membership_step import final_memberships
-from prefmix.training.population_gate import unknown_user_log_weights
 from prefmix.training.record import training_record
 from prefmix.training.setup import expert_description, tokenizer_of
 
@@ -77,36 +74,6 @@ def trained_users(trainer: MixtureTrainer, log_lik: Float[Tensor, "B K"]) -> Use
     return final_memberships(trainer, users, log_lik) if trainer.latent == "membership" else users
 
 
-@torch.no_grad()
-def gate_with_user_weights(trainer: MixtureTrainer, log_lik: Float[Tensor, "B K"]) -> Gate:
-    """The gate, each training user's row at its MAP given experts and the other terms; itself without such rows.
-
-    Gradient steps leave rows short of it (a user's row moves in a few steps of an epoch). This is the last M-step of
-    the rows: it never lowers evidence + log prior, and it is where `adapt` puts a user who brings the same comparisons.
-    The gate that trains stays as it is, so that a checkpoint is of what trained.
-
-    Args:
-        trainer: its experts, gate and training rows.
-        log_lik: [B, K] log p_ik of the training rows.
-    """
-    gate, table = trainer.mixture.gate, trainer.train_comparisons.table
-    if "user" not in gate.terms or not len(table.users):
-        return gate
-    fitted = copy.deepcopy(gate)
-    known = torch.from_numpy(np.flatnonzero(table.user >= 0))
-    population = gate.population_log_weights().cpu().double()
-    offsets = map_offsets_of_users(
-        unknown_user_log_weights(trainer.mixture, trainer.train_comparisons)[known],
-        log_lik[known],
-        torch.from_numpy(table.weight)[known],
-        torch.from_numpy(table.user).long()[known],
-        population,
-        (gate.user_strength * population.exp()).expand(len(table.users), -1),
-    )
-    fitted.user.copy_(offsets)
-    return fitted
-
-
 def running_users(trainer: MixtureTrainer) -> UserState:
     """What the running evidence says of every user, q(z) as of their last visit; nothing under `pair`."""
     table, q = trainer.train_comparisons.table, trainer.em.q
@@ -139,7 +106,7 @@ def build_policy(trainer: MixtureTrainer, log_lik: Float[Tensor, "B K"]) -> Mixt
         log_lik: [B, K] log p_ik of the training rows.
     """
     args, base = trainer.args, trainer.base
-    users, gate = trained_users(trainer, log_lik), gate_with_user_weights(trainer, log_lik)
+    users, gate = trained_users(trainer, log_lik), final_gate(trainer, log_lik)
     gguf_file = getattr(base, "gguf_file", None)
     config = PolicyConfig(
         experts=trainer.mixture.experts.describe(),
