@@ -389,7 +389,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--gate-rate", type=float, default=0.1, help="learning rate of the prompt gate")
     parser.add_argument("--metadata-rate", type=float, default=0.3, help="learning rate of the metadata gate")
-    parser.add_argument("--metadata-epochs", type=int, default=15)
+    parser.add_argument("--metadata-epochs", type=int, default=3)
     parser.add_argument("--work-dir", type=Path, default=Path("movies_and_books"), help="cut models, states, runs")
     parser.add_argument("--output", type=Path, default=Path("movies_and_books/results.json"))
     return parser
