@@ -374,7 +374,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="A prompt gate, then a metadata gate over the same experts.")
     parser.add_argument("--model", default="smollm2", help="base model")
     # Seeds 0 to 6 were looked at while the recipe was made.
-    parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9, 10, 11, 12])
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the trunk")
     parser.add_argument("--train", type=int, default=400, help="training comparisons of both domains together")
     parser.add_argument("--validation", type=int, default=100, help="that choose each arm's epoch")
