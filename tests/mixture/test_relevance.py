@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prefmix.mixture.posterior import posterior
-from prefmix.mixture.relevance import BIAS_PRECISION, WIDEST, Relevance, fit_relevance
+from prefmix.mixture.relevance import BIAS_PRECISION, WIDEST, GroupEvidence, Relevance, fit_relevance
 
 # Two fields: three categories, and one number.
 FIELD = torch.tensor([0, 0, 0, 1])
@@ -26,7 +26,7 @@ def _people(count: int, seed: int, *, truth: float = 4.0, experts: int = 2) -> t
 
 def _fit(features: torch.Tensor, evidence: torch.Tensor, count: torch.Tensor | None = None) -> Relevance:
     count = torch.ones(len(features)) if count is None else count
-    return fit_relevance(features, FIELD, torch.zeros_like(evidence), evidence, count)
+    return fit_relevance(GroupEvidence(features, torch.zeros_like(evidence), evidence, count), FIELD)
 
 
 def _log_weights(found: Relevance, features: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,7 @@ def test_width_is_the_fixed_point_of_the_marginal_likelihood() -> None:
     features = torch.cat([sign, -sign]).unsqueeze(1)
     right = torch.cat([torch.arange(40) < 34, torch.arange(40) >= 34]).long()  # 85% of either side
     evidence = 50.0 * torch.eye(2).double()[1 - right]
-    found = fit_relevance(features, torch.tensor([0]), torch.zeros(80, 2), evidence, torch.ones(80))
+    found = fit_relevance(GroupEvidence(features, torch.zeros(80, 2), evidence, torch.ones(80)), torch.tensor([0]))
     half = float(found.weight[0, 0])
     probability = torch.sigmoid(torch.tensor(2 * half, dtype=torch.float64))
     information = 2 * 80 * float(probability * (1 - probability))  # along (1, -1) / sqrt 2
@@ -97,7 +97,7 @@ def test_what_other_terms_say_is_taken_off() -> None:
     """An offset that explains the categories leaves nothing for them."""
     features, evidence = _people(300, 3)
     offset = 4.0 * features[:, :2]
-    found = fit_relevance(features, FIELD, offset, evidence, torch.ones(300))
+    found = fit_relevance(GroupEvidence(features, offset, evidence, torch.ones(300)), FIELD)
     assert found.weight.abs().max() < 0.5 < _fit(features, evidence).weight.abs().max()
 
 

@@ -18,7 +18,7 @@ import torch
 from prefmix.mixture.linear_em import ProbeData
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "people"
-MODULES = ("sets", "states", "linear", "cells", "figures", "summary", "run", "heads", "unseen")
+MODULES = ("sets", "states", "linear", "cells", "figures", "summary", "run", "heads", "unseen", "metadata")
 WORDS = ["the", "film", "story", "house", "sea", "sky", "girl", "forest", "time", "little", "near", "once"]
 
 
@@ -158,3 +158,33 @@ def test_gains_of_some_people_are_those_of_their_rows(load: Callable[[str], Modu
     runs = [{"users": ["a", "b", "c"], "user": user, "methods": losses}]
     assert figures.interval(unseen.gains(runs, "user", {"c", "b"})).mean == pytest.approx((2 + 3 + 4 + 6) / 4)
     assert figures.interval(unseen.gains(runs, "user", ["a"])).mean == pytest.approx(1.0)
+
+
+def test_gates_of_metadata_are_scored_on_new_people(
+    load: Callable[[str], ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Men like the one genre and women the other; their ages are noise."""
+    rng, folder = np.random.default_rng(0), tmp_path / "data" / "movielens"
+    folder.mkdir(parents=True)
+    films = [{"title": f"f{i}", "year": 1990 + i, "genres": [("Drama", "War")[i % 2]]} for i in range(12)]
+    users = [
+        {"user": f"u{u}", "age": int(rng.integers(18, 80)), "sex": "MF"[u % 2], "occupation": "other"}
+        for u in range(50)
+    ]
+    ratings = [
+        {"user": f"u{u}", "movie": f"f{i}", "rating": 5 if u % 2 == i % 2 else 1} for u in range(50) for i in range(12)
+    ]
+    for name, rows in (("movies", films), ("users", users), ("ratings", ratings)):
+        with gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(row) + "\n" for row in rows)
+    monkeypatch.setenv("PREFMIX_DATA", str(tmp_path / "data"))
+    options = ["--people", "30", "--new", "20", "--experts", "2", "--seeds", "0", "1"]
+    report = load("metadata").main([*options, "--output", str(tmp_path / "metadata.json")])
+    found = report["cells"]["30 people, K=2"]
+    assert [cell["kept"] for cell in found] == [["sex"], ["sex"]]
+    assert all(cell["gain"]["relevance"] > 0.4 for cell in found)  # half of the people would get the other's expert
+    assert json.loads((tmp_path / "metadata.json").read_text())["cells"] == report["cells"]
+    assert "'sex': 2" in capsys.readouterr().out

@@ -35,6 +35,22 @@ POSITIVE = 1.0
 BIAS_PRECISION = 1 / 9
 
 
+class GroupEvidence(NamedTuple):
+    """What G groups bring.
+
+    Attributes:
+        features: [G, M] x, encoded metadata.
+        offset: [G, K] what the gate's other terms say, logits.
+        evidence: [G, K] log-likelihood e_gk of a group's comparisons under each expert, nats.
+        times: [G] c_g, how often a group counts.
+    """
+
+    features: Float[Tensor, "G M"]
+    offset: Float[Tensor, "G K"]
+    evidence: Float[Tensor, "G K"]
+    times: Float[Tensor, "G"]
+
+
 class Relevance(NamedTuple):
     """A fitted metadata term.
 
@@ -49,13 +65,7 @@ class Relevance(NamedTuple):
     precision: Float[Tensor, "F"]
 
 
-def fit_relevance(
-    features: Float[Tensor, "G M"],
-    field: Int[Tensor, "M"],
-    offset: Float[Tensor, "G K"],
-    evidence: Float[Tensor, "G K"],
-    count: Float[Tensor, "G"],
-) -> Relevance:
+def fit_relevance(data: GroupEvidence, field: Int[Tensor, "M"]) -> Relevance:
     """Weights of a gate's metadata term and the precision of each field's prior, by turns.
 
     Given lambda, W and b maximise sum_g c_g log sum_k w_gk exp(e_gk) - sum_m lambda_f(m) |W_m|^2 / 2 - |b|^2 / 18.
@@ -66,13 +76,10 @@ def fit_relevance(
     likelihood is taken out, if it adds less than `POSITIVE`, and the rest is fitted anew.
 
     Args:
-        features: [G, M] x.
+        data: of all groups.
         field: [M] which of the F fields, 0..F-1, each feature belongs to.
-        offset: [G, K] what the gate's other terms say, logits.
-        evidence: [G, K] log-likelihood e_gk of a group's comparisons under each expert, nats.
-        count: [G] c_g, how often a group counts.
     """
-    data = _Data(*(part.detach().double().cpu() for part in (features, offset, evidence, count)))
+    data = GroupEvidence(*(part.detach().double().cpu() for part in data))
     field = field.cpu()
     start = torch.ones(int(field.max()) + 1, dtype=torch.float64)
     while True:
@@ -81,37 +88,37 @@ def fit_relevance(
         for kept in torch.isfinite(fit.precision).nonzero().flatten().tolist():
             without = fit.precision.clone()
             without[kept] = torch.inf
-            gains[kept] = log_evidence - _log_evidence(_most_probable(without, field, data), field, data)
+            gains[kept] = log_evidence - _log_evidence(most_probable(without, field, data), field, data)
         if not gains or min(gains.values()) >= POSITIVE:
             return fit
         start = fit.precision.clone()
         start[min(gains, key=lambda kept: gains[kept])] = torch.inf
 
 
-class _Data(NamedTuple):
-    features: Float[Tensor, "G M"]
-    offset: Float[Tensor, "G K"]
-    evidence: Float[Tensor, "G K"]
-    times: Float[Tensor, "G"]
-
-
-def _fit(precision: Float[Tensor, "F"], field: Int[Tensor, "M"], data: _Data) -> tuple[Relevance, float]:
+def _fit(precision: Float[Tensor, "F"], field: Int[Tensor, "M"], data: GroupEvidence) -> tuple[Relevance, float]:
     """Weights and precisions by turns, and their log marginal likelihood; fields of infinite precision stay out."""
-    fit = _most_probable(precision, field, data)
+    fit = most_probable(precision, field, data)
     for _ in range(MAX_ROUNDS):
         found = _next_precision(fit, field, data)
         kept = torch.isfinite(fit.precision)
-        fit = _most_probable(found, field, data, start=fit)
+        fit = most_probable(found, field, data, start=fit)
         if not bool(((found.log() - precision.log()).abs() > TOLERANCE)[kept].any()):
             break
         precision = found
     return fit, _log_evidence(fit, field, data)
 
 
-def _most_probable(
-    precision: Float[Tensor, "F"], field: Int[Tensor, "M"], data: _Data, start: Relevance | None = None
+def most_probable(
+    precision: Float[Tensor, "F"], field: Int[Tensor, "M"], data: GroupEvidence, start: Relevance | None = None
 ) -> Relevance:
-    """W and b at the maximum of the penalised log-likelihood."""
+    """W and b at the maximum of the penalised log-likelihood, the fields' precisions given.
+
+    Args:
+        precision: [F] lambda_f; infinite: the field is left out.
+        field: [M] which field each feature belongs to.
+        data: of all groups, float64.
+        start: where to start, instead of zero.
+    """
     num_experts = data.offset.shape[1]
     kept = torch.isfinite(precision)[field]
     weight = torch.zeros(num_experts, len(field), dtype=torch.float64) if start is None else start.weight.clone()
@@ -130,7 +137,7 @@ def _most_probable(
     return Relevance(torch.where(kept, weight.detach(), 0.0), bias.detach(), precision)
 
 
-def _next_precision(fit: Relevance, field: Int[Tensor, "M"], data: _Data) -> Float[Tensor, "F"]:
+def _next_precision(fit: Relevance, field: Int[Tensor, "M"], data: GroupEvidence) -> Float[Tensor, "F"]:
     """[F] lambda_f of the next round; infinite where the data decide nothing of a field's weights."""
     values = _information(fit, data)
     decided = (values / (values + fit.precision[field].unsqueeze(1))).sum(1)
@@ -142,7 +149,7 @@ def _next_precision(fit: Relevance, field: Int[Tensor, "M"], data: _Data) -> Flo
     return torch.where(gamma > UNDECIDED * most, found, torch.inf)
 
 
-def _log_evidence(fit: Relevance, field: Int[Tensor, "M"], data: _Data) -> float:
+def _log_evidence(fit: Relevance, field: Int[Tensor, "M"], data: GroupEvidence) -> float:
     """Log marginal likelihood of the data, W integrated out by Laplace's approximation, up to a constant, nats.
 
     sum_g c_g log sum_k w_gk exp(e_gk) - sum_m [ lambda_f |W_m|^2 + log det(1 + H_m / lambda_f) ] / 2
@@ -155,7 +162,7 @@ def _log_evidence(fit: Relevance, field: Int[Tensor, "M"], data: _Data) -> float
     return float(likelihood - (size + volume) / 2)
 
 
-def _information(fit: Relevance, data: _Data) -> Float[Tensor, "M K"]:
+def _information(fit: Relevance, data: GroupEvidence) -> Float[Tensor, "M K"]:
     """Eigenvalues of H_m, those below zero as zero."""
     log_weights = _log_weights(fit, data)
     resp = posterior(log_weights, data.evidence).log_resp.exp()
@@ -164,7 +171,7 @@ def _information(fit: Relevance, data: _Data) -> Float[Tensor, "M K"]:
     return torch.linalg.eigvalsh(information).clamp_min(0)
 
 
-def _log_weights(fit: Relevance, data: _Data) -> Float[Tensor, "G K"]:
+def _log_weights(fit: Relevance, data: GroupEvidence) -> Float[Tensor, "G K"]:
     return torch.log_softmax(data.offset + fit.bias + data.features @ fit.weight.T, dim=1)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from prefmix.data.users import latent_groups
 from prefmix.mixture.gates import Gate
 from prefmix.mixture.posterior import group_log_lik
-from prefmix.mixture.relevance import Relevance, fit_relevance
+from prefmix.mixture.relevance import GroupEvidence, Relevance, fit_relevance
 from prefmix.policy.personalization import map_offsets_of_users
 from prefmix.training.config import MixtureConfig
 from prefmix.training.population_gate import unknown_user_log_weights
@@ -73,13 +73,13 @@ def metadata_relevance(trainer: MixtureTrainer, log_lik: Float[Tensor, "B K"]) -
     evidence = log_lik.double().cpu()
     if not per_pair:
         evidence = group_log_lik(evidence, torch.from_numpy(group), len(present), weight)
-    return fit_relevance(
-        comparisons.metadata[rows],
-        torch.tensor(encoder.field_of_feature),
-        unknown_user_log_weights(without, comparisons)[rows],
-        evidence,
-        weight if per_pair else torch.ones(len(present)),
+    data = GroupEvidence(
+        features=comparisons.metadata[rows],
+        offset=unknown_user_log_weights(without, comparisons)[rows],
+        evidence=evidence,
+        times=weight if per_pair else torch.ones(len(present)),
     )
+    return fit_relevance(data, torch.tensor(encoder.field_of_feature))
 
 
 def _fits_metadata(gate: Gate, args: MixtureConfig, latent: str) -> bool:
