@@ -11,6 +11,8 @@ RENAMED = {
     "train_dataset": "train_data",
     "eval_dataset": "eval_data",
     "train_file": "train_data",
+    "data": "train_data",
+    "dataset": "train_data",
     "lora_r": "expert_rank",
     "lora_rank": "expert_rank",
     "per_device_batch_size": "per_device_train_batch_size",
