@@ -21,7 +21,8 @@ _DEPENDENT = (
     *("precompute_ref_log_probs", "m_step_samples", "m_step_threshold", "probe_restarts", "probe_dim"),
     *("label_smoothing", "simpo_gamma", "tie_strength", "dr_dpo_beta", "adaptive_beta", "label_noise_prior"),
     *("robust_step", "estep_temperature", "estep_temperature_end", "gumbel_hard"),
-    *("membership_dim", "membership_samples", "membership_estep", "kl_annealing", "free_bits", "combine", "metadata_prior"),
+    *("membership_dim", "membership_samples", "membership_estep", "kl_annealing", "free_bits", "combine"),
+    "metadata_prior",
 )
 _WIDTH = 118
 _SHOWN_CHOICES = 6
