@@ -80,6 +80,22 @@ def test_another_base_is_refused_and_a_moved_one_is_accepted(make_stored, tmp_pa
         MixturePolicy.from_pretrained(tmp_path / "policy")
     loaded = MixturePolicy.from_pretrained(tmp_path / "policy", base=tmp_path / "moved", device="cpu")
     assert torch.equal(answers(loaded), answers(policy))
+    assert loaded.config.base_source == str(tmp_path / "moved"), "what is exported now names the new place"
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(answers(MixturePolicy.from_pretrained(tmp_path / "again", device="cpu")), answers(policy))
+
+
+def test_a_loaded_base_serves_several_policies(make_stored, tmp_path, make_tiny_model):
+    policy = make_stored()
+    policy.save_pretrained(tmp_path / "policy")
+    base = load_base(tmp_path / "base")
+    loaded = MixturePolicy.from_pretrained(tmp_path / "policy", base=base, device="cpu")
+    assert loaded.model.experts.base_model is base.model
+    assert torch.equal(answers(loaded), answers(policy))
+    with pytest.raises(ValueError, match=r"base model <.*object>: sha256.*give that model with base="):
+        MixturePolicy.from_pretrained(tmp_path / "policy", base=load_base(make_tiny_model(seed=1)))
+    with pytest.raises(ValueError, match="base model of type int: give a folder"):
+        MixturePolicy.from_pretrained(tmp_path / "policy", base=3)
 
 
 def test_a_base_that_exists_in_memory_alone_is_copied(make_policy, make_tiny_model, tmp_path):

@@ -36,8 +36,11 @@ class BaseModel(NamedTuple):
     sha256: str
 
 
+BaseSource = str | Path | PreTrainedModel | BaseModel
+
+
 def load_base(
-    source: str | Path | PreTrainedModel,
+    source: BaseSource,
     *,
     gguf_file: str | None = None,
     dtype: torch.dtype | None = None,
@@ -49,7 +52,8 @@ def load_base(
 
     Args:
         source: a local folder, a `.gguf` file, a name on the hub (`HF_HUB_OFFLINE` is honoured), a model object, or
-            "smollm2" (SmolLM2-135M-Instruct from wherever it can be had, see `smollm2.find_smollm2`).
+            "smollm2" (SmolLM2-135M-Instruct from wherever it can be had, see `smollm2.find_smollm2`). A `BaseModel` is
+            given back as it is, in its own type.
         gguf_file: file in the folder or repository to read instead of safetensors.
         dtype: type of the weights; by default the checkpoint's own.
         revision: branch, tag or commit on the hub.
@@ -57,9 +61,16 @@ def load_base(
         quantization: "8bit" or "4bit": linear layers but the output head hold such weights (bitsandbytes).
 
     Raises:
-        ValueError: the folder is absent, the hub cannot be reached, there is no causal language model, or it cannot be
-            quantised here.
+        ValueError: `source` is something else, the folder is absent, the hub cannot be reached, there is no causal
+            language model, or it cannot be quantised here.
     """
+    if isinstance(source, BaseModel):
+        return source
+    given: Any = source
+    if not isinstance(given, str | Path | PreTrainedModel):
+        raise ValueError(
+            f"base model of type {type(given).__name__}: give a folder, a name, a transformers model or a BaseModel"
+        )
     if isinstance(source, PreTrainedModel):
         whole = quantization_of(source) is None  # packed weights have no other type
         model: PreTrainedModel = cast(Any, source).to(dtype) if whole and dtype is not None else source

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from prefmix.data.comparisons import ComparisonTable
 from prefmix.data.tokenization import tokenize_rows, tokenize_texts
 from prefmix.data.users import MetadataEncoder
+from prefmix.experts.base_model import BaseSource
 from prefmix.mixture.bradley_terry import mixture_log_lik
 from prefmix.mixture.group_objectives import UnknownUserWeights
 from prefmix.policy.config import PolicyConfig
@@ -112,16 +113,13 @@ class MixturePolicy:
 
     @classmethod
     def from_pretrained(
-        cls,
-        path: str | Path,
-        base: str | Path | PreTrainedModel | None = None,
-        device: str | torch.device | None = None,
+        cls, path: str | Path, base: BaseSource | None = None, device: str | torch.device | None = None
     ) -> MixturePolicy:
         """Loads a policy folder, or the `policy` folder within a training output.
 
         Args:
             path: the folder.
-            base: where the base model is now, if it has moved; its content must be the same.
+            base: where the base model is now, if it has moved, or the model itself; its content must be the same.
             device: where to run; null: a CUDA GPU if there is one, else the CPU.
 
         Raises:

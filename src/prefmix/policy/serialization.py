@@ -26,7 +26,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefmix.data.users import MetadataEncoder
-from prefmix.experts.base_model import BaseModel, load_base
+from prefmix.experts.base_model import BaseModel, BaseSource, load_base
 from prefmix.mixture.gates import Gate
 from prefmix.policy.config import PolicyConfig
 from prefmix.policy.expert_files import can_be_found_again, load_tensors, read_experts, save_tensors, write_experts
@@ -93,7 +93,7 @@ def write_policy(
 
 
 def read_policy(
-    path: str | Path, *, base: str | Path | PreTrainedModel | None = None, device: str | torch.device | None = None
+    path: str | Path, *, base: BaseSource | None = None, device: str | torch.device | None = None
 ) -> PolicyParts:
     """Loads a policy folder after checking every file against the manifest.
 
@@ -111,6 +111,9 @@ def read_policy(
         raise ValueError(f"{folder}: damaged policy: {'; '.join(problems)}; restore these files or save again")
     config = PolicyConfig.from_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     loaded = _load_checked_base(folder, config, base)
+    moved = base is not None and config.base_source not in (BASE_COPY, loaded.source)
+    if moved and can_be_found_again(loaded.source):  # what is saved or exported from now on names this place
+        config = replace(config, base_source=loaded.source, base_revision=None, base_gguf_file=None)
     model = _load_model(folder, config, loaded.model)
     users = UserState.empty(config.num_experts)
     if (folder / "users" / "users.json").is_file():
@@ -148,7 +151,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(str(folder))
 
 
-def _load_checked_base(folder: Path, config: PolicyConfig, base: str | Path | PreTrainedModel | None) -> BaseModel:
+def _load_checked_base(folder: Path, config: PolicyConfig, base: BaseSource | None) -> BaseModel:
     source = base if base is not None else config.base_source
     if source == BASE_COPY:
         source = folder / "base"
@@ -162,7 +165,7 @@ def _load_checked_base(folder: Path, config: PolicyConfig, base: str | Path | Pr
         raise ValueError(f"{error}; if the base model has moved, say where it is with base=") from error
     if loaded.sha256 != config.base_sha256:
         raise ValueError(
-            f"base model {source}: sha256 {loaded.sha256[:12]}..., but the experts were trained on "
+            f"base model {loaded.source}: sha256 {loaded.sha256[:12]}..., but the experts were trained on "
             f"{config.base_sha256[:12]}... ({config.base_source}); give that model with base="
         )
     return loaded
