@@ -24,7 +24,7 @@ from prefmix.mixture.posterior import posterior
 
 MAX_ROUNDS = 50
 # Rounds end where no precision moves by more than this share; a slower one is a flat maximum.
-TOLERANCE = 0.01
+TOLERANCE = 0.05
 # A standard deviation of 10 nats is no restriction, and weights of groups that fields part cleanly stay finite.
 WIDEST = 0.01
 # A field of whose weights the data decide less than this share says nothing.
@@ -88,7 +88,7 @@ def fit_relevance(data: GroupEvidence, field: Int[Tensor, "M"]) -> Relevance:
         for kept in torch.isfinite(fit.precision).nonzero().flatten().tolist():
             without = fit.precision.clone()
             without[kept] = torch.inf
-            gains[kept] = log_evidence - _log_evidence(most_probable(without, field, data), field, data)
+            gains[kept] = log_evidence - _log_evidence(most_probable(without, field, data, start=fit), field, data)
         if not gains or min(gains.values()) >= POSITIVE:
             return fit
         start = fit.precision.clone()
@@ -133,7 +133,7 @@ def most_probable(
         return (data.times * posterior(_log_weights(fit, data), data.evidence).log_evidence).sum() - prior
 
     scale = max(float(data.times.sum()), 1.0)
-    maximise(objective, [weight, bias], max_steps=200, scale=scale, tolerance_change=1e-12)
+    maximise(objective, [weight, bias], max_steps=200, scale=scale, tolerance_change=1e-9)
     return Relevance(torch.where(kept, weight.detach(), 0.0), bias.detach(), precision)
 
 
