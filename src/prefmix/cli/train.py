@@ -95,14 +95,19 @@ def _summary(trainer: Any, metrics: dict[str, float]) -> dict[str, Any]:
     users = len(trainer.train_comparisons.table.users)
     learned = {name.removeprefix("eval_"): value for name, value in metrics.items()}
     names = ("accuracy", "population_accuracy", "loss", "population_loss")
+    gate = trainer.mixture.gate
+    # Of other gates the global term alone is nobody's weights.
+    weights = {"gate weights": gate.population_log_weights().exp().tolist()} if gate.is_global else {}
+    found = {name: learned[name] for name in names if name in learned}
     return {
         "policy": str(Path(trainer.args.output_dir) / "policy"),
         "steps": trainer.state.global_step,
         "latent": trainer.latent,
         "init": trainer.init,
         "users": users,
-        "gate weights": trainer.mixture.gate.population_log_weights().exp().tolist(),
-    } | {f"held-out {name.replace('_', ' ')}": learned[name] for name in names if name in learned}
+        **weights,
+        **{f"held-out {name.replace('_', ' ')}": value for name, value in found.items()},
+    }
 
 
 def _talk_on_stderr() -> None:

@@ -15,6 +15,7 @@ from prefmix.evaluation.evaluator import ScoredTable
 from prefmix.experiments.run_data import GateView
 from prefmix.mixture.features import pool_features
 from prefmix.mixture.kmeans import kmeans
+from prefmix.policy.metadata_fields import silent_fields
 from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.policy.prompt_states import pooled_prompt_states
 
@@ -35,14 +36,17 @@ def gate_views(policy: MixturePolicy, scored: ScoredTable, weights: np.ndarray) 
     views = [_by_prompt(policy, scored, gate)] if "prompt" in terms else []
     reads = "metadata" in terms
     fields = Counter(name for row in scored.table.metadata for name in row)
-    for name, _ in fields.most_common(MOST_FIELDS):
-        view = by_metadata(name, [row.get(name) for row in scored.table.metadata], gate if reads else weights, reads)
+    encoder = policy.metadata_encoder
+    heard = set(encoder.field_names if encoder else ()) - set(silent_fields(policy.model.gate, encoder))
+    for name in sorted((name for name, _ in fields.most_common(MOST_FIELDS)), key=lambda name: name not in heard):
+        values = [row.get(name) for row in scored.table.metadata]
+        view = by_metadata(name, values, gate if reads else weights, reads, name in heard)
         if view is not None:
             views.append(view)
     return views
 
 
-def by_metadata(name: str, values: list[Any], weights: np.ndarray, reads: bool) -> GateView | None:
+def by_metadata(name: str, values: list[Any], weights: np.ndarray, reads: bool, heard: bool = True) -> GateView | None:
     """Mean weights of rows by value (numbers by quartile); None where there is a single kind.
 
     Args:
@@ -50,6 +54,7 @@ def by_metadata(name: str, values: list[Any], weights: np.ndarray, reads: bool) 
         values: B values, None where a row has none.
         weights: [B, K].
         reads: whether the gate reads metadata, for the caption.
+        heard: whether this field has weight in it, for the caption.
     """
     labels = _kinds(values)
     rows = []
@@ -58,11 +63,10 @@ def by_metadata(name: str, values: list[Any], weights: np.ndarray, reads: bool) 
         rows.append((label[1], int(chosen.sum()), weights[chosen].mean(axis=0).tolist()))
     if len(rows) < 2:
         return None
-    said = (
-        "What the gate alone says of such rows."
-        if reads
-        else "The gate does not read it: what these people turned out to be."
-    )
+    said = "The gate does not read it: what these people turned out to be."
+    if reads:
+        said = "What the gate alone says of such rows."
+        said += "" if heard else " This field has no weight in it: differences come from other fields of the same rows."
     return GateView(f"By {name}", rows, said)
 
 

@@ -76,17 +76,23 @@ From a terminal: `prefmix chat this/folder`; `prefmix report this/folder --data 
 """
 
 
-def model_card(config: PolicyConfig, users: UserState | None, record: Mapping[str, Any] | None = None) -> str:
+def model_card(
+    config: PolicyConfig,
+    users: UserState | None,
+    record: Mapping[str, Any] | None = None,
+    metadata_fields: Mapping[str, bool] | None = None,
+) -> str:
     """The card's text.
 
     Args:
         config: what the policy records.
         users: None where user state was left out.
         record: what training cost and reached (`training.json`).
+        metadata_fields: field -> whether the gate gives it any weight.
     """
     record = record or {}
     gate_terms, product = config.gate.get("terms", []), config.feedback_model.is_product
-    facts = _facts(config) | _training_facts(config, record)
+    facts = _facts(config) | _metadata_fact(metadata_fields or {}) | _training_facts(config, record)
     return TEMPLATE.format(
         metadata=_metadata(config, record),
         kind="product" if product else "mixture",
@@ -138,6 +144,14 @@ def _facts(config: PolicyConfig) -> dict[str, str]:
         "versions": ", ".join(f"{name} {_version(name)}" for name in ("prefmix", "torch", "transformers")),
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
     }
+
+
+def _metadata_fact(fields: Mapping[str, bool]) -> dict[str, str]:
+    """Which metadata decide."""
+    read = ", ".join(f"`{name}`" for name, heard in fields.items() if heard)
+    silent = ", ".join(f"`{name}`" for name, heard in fields.items() if not heard)
+    said = read or "no field has any weight"
+    return {"metadata": said + (f"; without weight: {silent}" if silent else "")} if fields else {}
 
 
 def _training_facts(config: PolicyConfig, record: Mapping[str, Any]) -> dict[str, str]:

@@ -55,6 +55,8 @@ def prompt_token_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list
 
 def users_and_metadata(user: Any, metadata: Any, num: int) -> tuple[list[str | None], list[Mapping[str, Any] | None]]:
     """Users and metadata of `num` rows, from one for all or one for each."""
+    if isinstance(metadata, str):
+        raise ValueError(f"metadata={metadata!r}: give a mapping of fields, such as {{'user_job': ...}}")
     users = [user] * num if user is None or isinstance(user, str) else list(user)
     entries = [metadata] * num if metadata is None or isinstance(metadata, Mapping) else list(metadata)
     if len(users) != num or len(entries) != num:

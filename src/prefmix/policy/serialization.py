@@ -31,6 +31,7 @@ from prefmix.mixture.gates import Gate
 from prefmix.policy.config import PolicyConfig
 from prefmix.policy.expert_files import can_be_found_again, load_tensors, read_experts, save_tensors, write_experts
 from prefmix.policy.folder import CONFIG_FILE, RECORD_FILE, damaged_files, find_policy, replacing_folder
+from prefmix.policy.metadata_fields import silent_fields
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.policy.model_card import model_card
 from prefmix.policy.user_state import UserState
@@ -86,7 +87,8 @@ def write_policy(
             save_tensors(parts.users.tensors(), folder / "users" / "users.safetensors")
         parts.tokenizer.save_pretrained(str(folder))
         users = parts.users if user_state else None
-        (folder / "README.md").write_text(model_card(config, users, parts.record), encoding="utf-8")
+        card = model_card(config, users, parts.record, _metadata_fields(parts))
+        (folder / "README.md").write_text(card, encoding="utf-8")
         if parts.record:
             _write_json(folder / RECORD_FILE, dict(parts.record))
         (folder / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
@@ -127,6 +129,13 @@ def read_policy(
     )
     model = model.to(device) if device is not None else model
     return PolicyParts(model.eval(), _load_tokenizer(folder), config, users, encoder, _read_record(folder))
+
+
+def _metadata_fields(parts: PolicyParts) -> dict[str, bool]:
+    """Fields that the gate reads, and whether they have any weight in it."""
+    silent = silent_fields(parts.model.gate, parts.metadata_encoder)
+    names = parts.metadata_encoder.field_names if parts.metadata_encoder is not None else []
+    return {name: name not in silent for name in names}
 
 
 def _read_record(folder: Path) -> dict[str, Any]:

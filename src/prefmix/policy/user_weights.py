@@ -18,6 +18,7 @@ from prefmix.mixture.gates import GateInputs
 from prefmix.mixture.membership import GaussianQ, MembershipRows
 from prefmix.mixture.posterior import posterior
 from prefmix.mixture.user_noise import Responsibilities
+from prefmix.policy.metadata_fields import check_metadata
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.policy.near_names import near_name
 from prefmix.policy.personalization import map_user_offsets
@@ -269,6 +270,7 @@ class UserWeights(NamedTuple):
         if "metadata" not in self.model.gate.reads:
             return None
         assert self.metadata_encoder is not None, "a gate that reads metadata comes with their encoder"
+        check_metadata(self.metadata_encoder, metadata)
         return torch.from_numpy(self.metadata_encoder.encode([row or {} for row in metadata]))
 
     def _warn_of_unknown(self, users: Sequence[str | None]) -> None:
@@ -277,9 +279,10 @@ class UserWeights(NamedTuple):
         unknown = sorted({str(user) for user in users if user is not None and self.users.index(user) < 0})
         if unknown:
             meant = near_name(unknown[0], self.users.names) if len(unknown) == 1 else None
+            told = ", or what their metadata say" if "metadata" in self.model.gate.reads else ""
             warnings.warn(
                 f"unknown users {unknown[:5]}{' ...' if len(unknown) > 5 else ''}"
-                f"{'' if meant is None else f' (did you mean {meant!r}?)'} get the population's weights; "
+                f"{'' if meant is None else f' (did you mean {meant!r}?)'} get the population's weights{told}; "
                 "adapt(user, comparisons) learns a new user's",
                 UserWarning,
                 stacklevel=4,

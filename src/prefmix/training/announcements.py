@@ -29,7 +29,7 @@ _FOUND_BY = {
     "kmeans": "k-means over prompts parts them into",
     "labels": "the rows' own groups have",
     "random": "at random",
-    "experts": "the experts that they start from have",
+    "experts": "by what the experts that they start from say of them,",
 }
 
 
@@ -40,7 +40,8 @@ def report_choices(trainer: MixtureTrainer) -> None:
     table, args = trainer.train_comparisons.table, trainer.args
     repeated = "chosen because most users have two or more rows" if trainer.latent == "user" else "one expert a row"
     latent = f"latent={trainer.latent}" + (f" ({repeated})" if args.latent == "auto" else "")
-    hold = f" held for {counted(args.init_hold_epochs, 'epoch')}" if args.init_hold_epochs else ""
+    held = args.init_hold_epochs and trainer.init != "experts"  # experts say themselves who is whose
+    hold = f" held for {counted(args.init_hold_epochs, 'epoch')}" if held else ""
     sizes = f"{counted(len(table), 'comparison')} of {counted(len(table.texts), 'text')}"
     _say(
         f"{sizes} by {counted(len(table.users), 'user')}; {counted(args.num_experts, 'expert')}, {latent}, "
@@ -83,15 +84,6 @@ def followers(policy: MixturePolicy) -> list[int] | None:
     if policy.config.num_experts == 1 or not (personal and len(policy.users)):
         return None
     return _sizes(policy.user_log_weights(policy.users.names))
-
-
-def silent_fields(policy: MixturePolicy) -> tuple[str, ...]:
-    """Metadata fields to which the gate gives no weight at all: they say nothing of which expert serves whom."""
-    gate, encoder = policy.model.gate, policy.metadata_encoder
-    if "metadata" not in gate.terms or encoder is None:
-        return ()
-    heard = {f for f, weights in zip(encoder.field_of_feature, gate.metadata.weight.T, strict=True) if weights.any()}
-    return tuple(name for place, name in enumerate(encoder.field_names) if place not in heard)
 
 
 def report_end(folder: Path, run_dir: Path, users: list[int] | None, silent: Sequence[str] = ()) -> None:

@@ -75,7 +75,12 @@ def warn_of_collapse(trainer: MixtureTrainer) -> None:
 
 
 def warn_of_overfitting(trainer: MixtureTrainer) -> None:
-    """Warns where the last held-out loss is worse than a coin's, or than it was earlier in the run."""
+    """Warns where the last held-out loss is worse than a coin's, or than it was earlier in the run.
+
+    Not where the best loss's checkpoint is what remains.
+    """
+    if trainer.args.load_best_model_at_end and str(trainer.args.metric_for_best_model).endswith("loss"):
+        return
     curves: dict[str, list[float]] = {}
     for line in trainer.state.log_history:
         for name in line:

@@ -24,10 +24,11 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from prefmix.data.collator import ComparisonDataset
+from prefmix.policy.metadata_fields import silent_fields
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.training import checkpoint as store
-from prefmix.training.announcements import followers, report_end, silent_fields
+from prefmix.training.announcements import followers, report_end
 from prefmix.training.config import MixtureConfig
 from prefmix.training.em_state import EMState
 from prefmix.training.final_gate import ends_with_a_fit
@@ -167,7 +168,8 @@ class AbstractCheckpointedTrainer(Trainer, ABC):
 
         def policy() -> MixturePolicy:
             finished = self.policy_of(log_lik)
-            self.followers, self.silent = followers(finished), silent_fields(finished)
+            self.followers = followers(finished)
+            self.silent = silent_fields(finished.model.gate, finished.metadata_encoder)
             return finished
 
         self.placement.save_policy(policy, Path(output_dir or self.run_dir / POLICY))
