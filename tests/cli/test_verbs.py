@@ -94,6 +94,33 @@ def test_dry_run_points_at_a_column_that_looks_like_who_judged(
     assert "column 'annotator_id' (8 values)" in json.loads(capsys.readouterr().out)["note"]
 
 
+def test_dry_run_names_a_start_that_is_absent_or_has_other_experts(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", str(place / "recipe.yaml"), "--dry_run", "--output_dir", str(tmp_path / "o"), "--init_experts"]
+    assert main([*words, str(tmp_path / "nope")]) == 2
+    assert "no policy here" in capsys.readouterr().err
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "mixture_config.json").write_text('{"experts": {"num_experts": 3}}', encoding="utf-8")
+    assert main([*words, str(tmp_path / "policy")]) == 2
+    assert "the policy has 3 experts, not num_experts=4" in capsys.readouterr().err
+    assert main([*words, str(tmp_path / "policy"), "--num_experts", "3", "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["init_experts"] == [str(tmp_path / "policy")]
+
+
+def test_dry_run_says_which_fields_could_be_meant_as_a_user_s(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{**row, "metadata": {"job": "cook"}} for row in _rows(8, 4)]
+    words = ["train", str(place / "recipe.yaml"), "--dry_run", "--output_dir", str(tmp_path / "o"), "--latent", "user"]
+    words += ["--gate", "global", "metadata", "--train_data"]
+    assert main([*words, str(_write(tmp_path / "rows.jsonl", rows))]) == 2
+    assert "it has job: call what is constant within a user user_job" in capsys.readouterr().err
+    rows = [{**row, "user_job": "cook"} for row in _rows(8, 4)]
+    assert main([*words, str(_write(tmp_path / "beside.jsonl", rows))]) == 2
+    assert "the columns user_job stand beside it: move them in" in capsys.readouterr().err
+
+
 def test_dry_run_names_a_broken_model(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         "train",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from prefmix.cli.model_check import check_model
 from prefmix.cli.recipe import Recipe
 from prefmix.data.counted import counted
 from prefmix.data.validation import ValidationReport, validate
+from prefmix.policy.folder import CONFIG_FILE, find_policy
 from prefmix.training.expert_options import default_learning_rate
 from prefmix.training.options import MixtureOptions, gate_problems
 
@@ -49,12 +51,14 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
         values["model"], revision=values.get("model_revision"), trust_remote_code=values.get("trust_remote_code", False)
     )
     _check_gate(values, train)
+    _check_start(values)
     _check_output(Path(values["output_dir"]), values)
     plan["output_dir"] = values["output_dir"]
     plan["latent"] = _latent(values, train)
     if (warning := identity_warning(train)) is not None and (train.unread_users or values.get("num_experts") != 1):
         plan["note"] = warning
     plan |= {name: values.get(name, all_fields()[name].default) for name in _SHOWN}
+    plan |= {name: values[name] for name in ("init_experts", "train_experts", "freeze_experts") if name in values}
     if plan["learning_rate"] is None:
         plan["learning_rate"] = default_learning_rate(asdict(MixtureOptions()) | values)
     return plan
@@ -85,7 +89,31 @@ def _check_gate(values: dict[str, Any], report: ValidationReport) -> None:
     if not any(per_comparison or name.startswith("user_") for name in report.metadata_fields):
         raise ValueError(
             f"gate={values['gate']}: the term 'metadata' needs fields in the column 'metadata' ('user_*' ones where "
-            f"users carry the experts), and {values['train_data']} has none; add them, or leave the term out"
+            f"users carry the experts), and {values['train_data']} has none{_renamed(report)}; add them, or leave the "
+            "term out"
+        )
+
+
+def _renamed(report: ValidationReport) -> str:
+    """What the rows have instead, where it may be a matter of names."""
+    if report.metadata_fields:
+        names = list(report.metadata_fields)
+        return f" (it has {', '.join(names)}: call what is constant within a user user_{names[0]} and so on)"
+    outside = [name for name in report.extra_columns if name.startswith("user_")]
+    return f" (the columns {', '.join(outside)} stand beside it: move them in)" if outside else ""
+
+
+def _check_start(values: dict[str, Any]) -> None:
+    """That a policy to start from is there, and has as many experts; adapters are read when training starts."""
+    sources = values.get("init_experts") or []
+    if len(sources) != 1 or (Path(sources[0]) / "adapter_config.json").is_file():
+        return
+    config = json.loads((find_policy(sources[0]) / CONFIG_FILE).read_text(encoding="utf-8"))
+    theirs, ours = config["experts"]["num_experts"], values.get("num_experts", MixtureOptions.num_experts)
+    if theirs != ours:
+        raise ValueError(
+            f"init_experts={sources[0]!r}: the policy has {theirs} experts, not num_experts={ours}; set "
+            f"num_experts={theirs}, or name its adapters ({sources[0]}/expert_0, ...), {ours} of them"
         )
 
 
