@@ -204,7 +204,7 @@ def metadata_figures(args: argparse.Namespace, place: Place, moe: FittedArm, ass
         "clubs": {str(club): weights.exp().numpy()[clubs == club].mean(0).tolist() for club in np.unique(clubs)},
         "reward_by_club": {str(club): float(scored["metadata"].reward[clubs == club].mean()) for club in set(clubs)},
         "figures": {name: {key: float(v.mean()) for key, v in s._asdict().items()} for name, s in scored.items()},
-        "field_widths": _field_widths(policy),
+        "field_weights": _field_weights(policy),
         "share_of_oracle": {
             way: {
                 key: share_of_oracle(*(getattr(scored[w], key).mean() for w in (way, "uniform", "oracle")))
@@ -218,7 +218,7 @@ def metadata_figures(args: argparse.Namespace, place: Place, moe: FittedArm, ass
     }
 
 
-def _field_widths(policy: MixturePolicy) -> dict[str, float]:
+def _field_weights(policy: MixturePolicy) -> dict[str, float]:
     """The largest weight that the gate gives each metadata field, nats; 0: it says nothing."""
     encoder, weight = policy.metadata_encoder, policy.model.gate.metadata.weight.detach().abs().amax(0)
     assert encoder is not None

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from prefmix.mixture.posterior import posterior
-from prefmix.mixture.relevance import BIAS_PRECISION, WIDEST, GroupEvidence, Relevance, fit_relevance
+from prefmix.mixture.relevance import (
+    BIAS_PRECISION,
+    WIDEST,
+    GroupEvidence,
+    Relevance,
+    fit_relevance,
+    most_probable,
+)
 
 # Two fields: three categories, and one number.
 FIELD = torch.tensor([0, 0, 0, 1])
@@ -38,7 +45,7 @@ def _evidence(found: Relevance, features: torch.Tensor, evidence: torch.Tensor) 
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_noise_gets_no_weight_and_new_people_are_predicted_better_than_under_a_flat_prior(seed: int) -> None:
+def test_noise_gets_no_weight_and_what_tells_people_apart_helps_new_ones(seed: int) -> None:
     features, evidence = _people(36, seed)
     found = _fit(features, evidence)
     assert torch.isinf(found.precision[1]) and bool((found.weight[:, 3] == 0).all())
@@ -46,6 +53,15 @@ def test_noise_gets_no_weight_and_new_people_are_predicted_better_than_under_a_f
     new = _people(2000, seed + 100)
     nothing = Relevance(torch.zeros_like(found.weight), torch.zeros_like(found.bias), found.precision)
     assert _evidence(found, *new) > _evidence(nothing, *new) + 0.1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_where_all_fields_are_noise_new_people_are_predicted_better_than_under_a_flat_prior(seed: int) -> None:
+    features, evidence = _people(36, seed, truth=0.0)
+    data = GroupEvidence(features, torch.zeros_like(evidence), evidence, torch.ones(36).double())
+    flat = most_probable(torch.full((2,), WIDEST).double(), FIELD, data)
+    new = _people(2000, seed + 100, truth=0.0)
+    assert _evidence(_fit(features, evidence), *new) > _evidence(flat, *new)
 
 
 @pytest.mark.parametrize("experts", [2, 3])

@@ -16,7 +16,7 @@ ENCODER = MetadataEncoder.fit([{"user_age": 30, "user_job": "cook"}, {"user_age"
 
 
 def test_known_fields_and_rows_without_metadata_are_no_mistake() -> None:
-    entries = [{"user_job": "cook"}, {"user_age": 33, "shoe": 43}, {}, None]
+    entries = [{"user_job": "cook"}, {"user_age": 33, "shoe": 43}, {"user_job": None}, {}, None]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_metadata(ENCODER, entries)

@@ -116,7 +116,10 @@ def test_figures_during_training_are_those_of_the_fitted_metadata(
     assert trainer.evaluate()["eval_population_loss"] == pytest.approx(report.population.log_loss.mean, abs=1e-5)
 
 
-def test_one_expert_and_memberships_are_left_as_they_trained(make_trainer: Make, people: list[dict[str, Any]]) -> None:
-    one = make_trainer(data=people, num_experts=1, **METADATA)
-    one.train()
-    assert one.policy.model.gate is one.mixture.gate
+@pytest.mark.parametrize("other", [{"num_experts": 1}, {"latent": "membership"}, {"robust_over": "user"}])
+def test_where_groups_have_no_expert_each_or_rows_count_otherwise_metadata_stay_as_they_trained(
+    make_trainer: Make, people: list[dict[str, Any]], other: dict[str, Any]
+) -> None:
+    trainer = make_trainer(data=people, **(METADATA | other))
+    trainer.train()
+    assert trainer.policy.model.gate is trainer.mixture.gate

@@ -13,7 +13,7 @@ from prefmix.cli.recipe import Recipe
 from prefmix.data.counted import counted
 from prefmix.data.validation import ValidationReport, validate
 from prefmix.policy.folder import CONFIG_FILE, find_policy
-from prefmix.training.expert_options import default_learning_rate
+from prefmix.training.expert_options import check_number_of_experts, default_learning_rate
 from prefmix.training.options import MixtureOptions, gate_problems
 
 _SHOWN = (
@@ -109,12 +109,8 @@ def _check_start(values: dict[str, Any]) -> None:
     if len(sources) != 1 or (Path(sources[0]) / "adapter_config.json").is_file():
         return
     config = json.loads((find_policy(sources[0]) / CONFIG_FILE).read_text(encoding="utf-8"))
-    theirs, ours = config["experts"]["num_experts"], values.get("num_experts", MixtureOptions.num_experts)
-    if theirs != ours:
-        raise ValueError(
-            f"init_experts={sources[0]!r}: the policy has {theirs} experts, not num_experts={ours}; set "
-            f"num_experts={theirs}, or name its adapters ({sources[0]}/expert_0, ...), {ours} of them"
-        )
+    ours = values.get("num_experts", MixtureOptions.num_experts)
+    check_number_of_experts(sources[0], config["experts"]["num_experts"], ours)
 
 
 def identity_warning(report: ValidationReport) -> str | None:

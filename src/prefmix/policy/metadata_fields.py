@@ -44,11 +44,11 @@ def check_metadata(encoder: MetadataEncoder, entries: Sequence[Mapping[str, Any]
             )
     known, unknown, strange = set(encoder.field_names), Counter[str](), 0
     for entry in entries:
-        ignored = encoder.ignored(entry) if entry else []
-        unseen = [name for name in ignored if name not in (entry or {})]
-        lost = bool(entry) and not known & set(entry or {})
-        unknown.update(ignored if lost else unseen)
-        strange += lost or bool(unseen)
+        told = {name: value for name, value in (entry or {}).items() if value is not None}
+        ignored = encoder.ignored(told)
+        unseen = ignored if known.isdisjoint(told) else [name for name in ignored if name not in told]
+        unknown.update(unseen)
+        strange += bool(unseen)
     if not unknown:
         return
     names = ", ".join(name for name, _ in unknown.most_common(MOST_NAMED))

@@ -213,3 +213,12 @@ def _count_problems(values: Mapping[str, Any]) -> list[str]:
     elif frozen and len(frozen) == count:
         problems.append(f"freeze_experts={frozen}: no expert would train; use train_experts=false for the gate alone")
     return problems
+
+
+def check_number_of_experts(source: str, theirs: int, ours: int) -> None:
+    """Raises ValueError where a policy that `init_experts` names has another number of experts than the run."""
+    if theirs != ours:
+        raise ValueError(
+            f"init_experts={source!r}: the policy has {theirs} experts, not num_experts={ours}; set "
+            f"num_experts={theirs}, or name its adapters ({source}/expert_0, ...), {ours} of them"
+        )

@@ -51,7 +51,6 @@ def final_gate(trainer: MixtureTrainer, log_lik: Float[Tensor, "B K"]) -> Gate:
     return gate
 
 
-@torch.enable_grad()
 def metadata_relevance(trainer: MixtureTrainer, log_lik: Float[Tensor, "B K"]) -> Relevance:
     """The metadata term at the maximum of evidence and its fields' priors (`mixture.relevance`), others held.
 

@@ -24,6 +24,7 @@ from prefmix.policy.config import PolicyConfig
 from prefmix.policy.expert_files import read_experts
 from prefmix.policy.folder import CONFIG_FILE, damaged_files, find_policy
 from prefmix.training.config import MixtureConfig
+from prefmix.training.expert_options import check_number_of_experts
 
 
 def starting_experts(
@@ -149,12 +150,7 @@ def _from_policy(experts: AbstractExperts, base: BaseModel, source: str) -> Abst
             f"not to {base.source} ({base.sha256[:12]}...); train on that base, in the same precision"
         )
     ours, theirs = experts.describe(), dict(config.experts)
-    if theirs["num_experts"] != experts.num_experts:
-        raise ValueError(
-            f"init_experts={source!r}: the policy has {theirs['num_experts']} experts, not num_experts="
-            f"{experts.num_experts}; set num_experts={theirs['num_experts']}, or name its adapters "
-            f"({source}/expert_0, ...), {experts.num_experts} of them"
-        )
+    check_number_of_experts(source, theirs["num_experts"], experts.num_experts)
     differing = [name for name in ours.keys() - {"rank", "lora_alpha"} if ours[name] != theirs.get(name)]
     if differing:
         fields = ", ".join(f"{name}={theirs.get(name)!r} (not {ours[name]!r})" for name in sorted(differing))
