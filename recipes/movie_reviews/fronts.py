@@ -44,6 +44,16 @@ class SeedArrays(NamedTuple):
     each: int
     product_steps: int
 
+    @property
+    def judged(self) -> list[str]:
+        """Objectives whose specialists wrote: all of them, but for a run with a focus."""
+        return [o for o in self.objectives if f"mixture/{o}/{self.strengths[0]:g}/rewards" in self.arrays]
+
+    @property
+    def whole(self) -> bool:
+        """Whether the front of all weights can be drawn."""
+        return len(self.judged) == len(self.objectives)
+
     def rewards(self, name: str) -> np.ndarray:
         """[P, R] mean standardised rewards of each prompt's responses."""
         columns = self.arrays[f"{name}/rewards"] / self.scale
@@ -104,7 +114,8 @@ def common_kl(seeds: Sequence[SeedArrays]) -> float:
     ends = []
     for arrays in seeds:
         equal = np.full(len(arrays.objectives), 1 / len(arrays.objectives))
-        families = [arrays.single(), arrays.mixture(equal), *(arrays.specialist(o) for o in arrays.objectives)]
+        families = [arrays.single(), *(arrays.specialist(o) for o in arrays.judged)]
+        families += [arrays.mixture(equal)] if arrays.whole else []
         ends += [float(family.mean_kl.max()) for family in families]
     return max([kl for kl in KLS if kl <= min(ends)], default=KLS[0])
 
@@ -113,25 +124,28 @@ def gains_at_kl(seeds: Sequence[SeedArrays], kl: float, bootstraps: int) -> dict
     """Objective -> gain over the reference at equal KL: the specialist's, single DPO's, and their difference.
 
     `mean of objectives` is that of the equally weighted mixture, of the equally weighted product, and of single DPO,
-    which is the theoretical ceiling there.
+    which is the theoretical ceiling there; absent from a run with a focus.
     """
     objectives, num = seeds[0].objectives, len(seeds[0].objectives)
-    pairs = {o: [(s.specialist(o), s.single()) for s in seeds] for o in objectives}
+    pairs = {o: [(s.specialist(o), s.single()) for s in seeds] for o in seeds[0].judged}
     equal = np.full(num, 1 / num)
-    whole = [(s.mixture(equal), s.product(equal), s.single()) for s in seeds]
+    whole = [(s.mixture(equal), s.product(equal), s.single()) for s in seeds if s.whole]
 
     def statistic(draws: Sequence[Draw]) -> list[float]:
         found = []
-        for index, objective in enumerate(objectives):
-            gains = [_gains(pairs[objective][d.group], d.members, kl)[:, index] for d in draws]
+        for objective, families in pairs.items():
+            index = objectives.index(objective)
+            gains = [_gains(families[d.group], d.members, kl)[:, index] for d in draws]
             found += [*np.mean(gains, axis=0), float(np.mean([g[0] - g[1] for g in gains]))]
+        if not whole:
+            return found
         means = [_gains(whole[d.group], d.members, kl)[:, :num].mean(axis=1) for d in draws]
         return [*found, *_with_differences(np.mean(means, axis=0))]
 
     intervals = nested_bootstrap(statistic, _sizes(seeds), num_resamples=bootstraps)
     names = ("mixture", "single DPO", "difference")
-    found = {o: dict(zip(names, intervals[3 * i : 3 * i + 3], strict=True)) for i, o in enumerate(objectives)}
-    return found | {"mean of objectives": dict(zip(FRONTS, intervals[3 * num :], strict=True))}
+    found = {o: dict(zip(names, intervals[3 * i : 3 * i + 3], strict=True)) for i, o in enumerate(pairs)}
+    return found | ({"mean of objectives": dict(zip(FRONTS, intervals[3 * num :], strict=True))} if whole else {})
 
 
 def hypervolumes(seeds: Sequence[SeedArrays], kl: float, bootstraps: int) -> dict[str, dict[str, Interval]]:
@@ -188,11 +202,12 @@ def share_of_oracle(seeds: Sequence[SeedArrays], method: str, bootstraps: int) -
 
     For the mixture, which wrote at several strengths, also the share at the oracle's KL.
     """
-    objectives = seeds[0].objectives
+    judged = seeds[0].judged
 
     def statistic(draws: Sequence[Draw]) -> list[float]:
         found = []
-        for index, objective in enumerate(objectives):
+        for objective in judged:
+            index = seeds[0].objectives.index(objective)
             columns = {name: f"{name}/{objective}/1" for name in (method, "oracle")}
             gains = {
                 name: float(np.mean([_gain(seeds[d.group], key, index, d.members) for d in draws]))
@@ -209,7 +224,7 @@ def share_of_oracle(seeds: Sequence[SeedArrays], method: str, bootstraps: int) -
     intervals = nested_bootstrap(statistic, _sizes(seeds), num_resamples=bootstraps)
     names = ("share", "share at the oracle's KL", "gain", "oracle gain", "KL", "oracle KL")
     width = len(names)
-    return {o: dict(zip(names, intervals[width * i : width * (i + 1)], strict=True)) for i, o in enumerate(objectives)}
+    return {o: dict(zip(names, intervals[width * i : width * (i + 1)], strict=True)) for i, o in enumerate(judged)}
 
 
 def _at_oracle_kl(arrays: SeedArrays, method: str, objective: str, index: int, draw: Draw) -> float:

@@ -69,17 +69,23 @@ class Judge:
         call = {"each": w.each, "max_new_tokens": w.max_new_tokens, "seed": w.seed} | options
         self.take(name, sample_responses(policy, w.prompts, weights=weights, **call), order)
 
-    def frontier(self, name: str, policy: MixturePolicy, order: Sequence[int], objectives: Sequence[str]) -> None:
-        """Every expert alone at every strength: any weights follow from these, since a mixture's mean is linear."""
+    def frontier(
+        self, name: str, policy: MixturePolicy, expert_of: Mapping[str, int], objectives: Sequence[str]
+    ) -> None:
+        """Experts alone at every strength: any weights on them follow from these, since a mixture's mean is linear."""
+        order = list(expert_of.values())
         for strength in self.writing.strengths:
             stronger = at_strength(policy, strength)
-            for expert, objective in zip(order, objectives, strict=True):
-                self.write(f"{name}/{objective}/{strength:g}", stronger, one_hot(expert, len(order)), order)
+            for objective in objectives:
+                weights = one_hot(expert_of[objective], len(order))
+                self.write(f"{name}/{objective}/{strength:g}", stronger, weights, order)
 
-    def specialists(self, name: str, policy: MixturePolicy, order: Sequence[int], objectives: Sequence[str]) -> None:
-        """Every expert alone, as trained."""
-        for expert, objective in zip(order, objectives, strict=True):
-            self.write(f"{name}/{objective}/1", policy, one_hot(expert, len(order)))
+    def specialists(
+        self, name: str, policy: MixturePolicy, expert_of: Mapping[str, int], objectives: Sequence[str]
+    ) -> None:
+        """Experts alone, as trained."""
+        for objective in objectives:
+            self.write(f"{name}/{objective}/1", policy, one_hot(expert_of[objective], len(expert_of)))
 
     def products(self, policy: MixturePolicy, order: Sequence[int], steps: int, enough: float) -> None:
         """Products of experts at the weights of `product_grid`, stronger until one is `enough` nats from the reference.

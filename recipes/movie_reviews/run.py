@@ -2,6 +2,7 @@
 
     python recipes/movie_reviews/run.py --quick                  # stories15M, three seeds
     python recipes/movie_reviews/run.py --model smollm2          # SmolLM2-135M-Instruct
+    python recipes/movie_reviews/run.py --focus grammar          # one objective against single DPO and its oracle alone
 
 README.md beside this file says how it is measured. A run that is stopped goes on where it stopped.
 """
@@ -86,7 +87,7 @@ class Study:
         """
         self.args = args
         settings = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS} | {"model": Path(args.model).name}
-        self.results: dict[str, Any] = {"settings": json.loads(json.dumps(settings)), "seeds": {}, "chosen_rates": {}}
+        self.results: dict[str, Any] = {"settings": json.loads(json.dumps(settings)), "seeds": {}}
         self.results |= {"commit": args.commit, "machine": f"{platform.machine()}, CPU, 1 thread"}
         if args.output.is_file():
             found = json.loads(args.output.read_text(encoding="utf-8"))
@@ -104,7 +105,8 @@ class Study:
         drawn = self._sample(seed, record)
         comparisons = self._comparisons(drawn, seed)
         record["rows"] = {name: len(rows) for name, rows in comparisons._asdict().items()}
-        choices = {name: self._train(name, comparisons, seed, record) for name in methods(len(OBJECTIVES))}
+        trained = methods(len(OBJECTIVES)) if self._everything else (SINGLE, MIXTURE, ORACLE)
+        choices = {name: self._train(name, comparisons, seed, record) for name in trained}
         record["training_seconds"] = round(time.process_time() - start, 1)
         judge = self._judge(drawn["evaluation"].samples, choices, comparisons, seed, record)
         record |= {"language": judge.language, "examples": judge.examples}
@@ -205,8 +207,6 @@ class Study:
     # --- training -----------------------------------------------------------------------------------------------------
     def _train(self, name: str, comparisons: Comparisons, seed: int, record: dict[str, Any]) -> Choice:
         args, arm = self.args, methods(len(OBJECTIVES))[name]
-        # The whole grid with the first seed only; its validation rows are in no other seed's evaluation.
-        rates = [self.results["chosen_rates"][name]] if name in self.results["chosen_rates"] else args.rates
         options = {
             "bf16": args.dtype == "bfloat16", "cache_dir": str(args.work_dir / "trunk_states"),
             "num_train_epochs": args.epochs, "per_device_train_batch_size": 32, "beta": args.beta,
@@ -214,8 +214,7 @@ class Study:
             "lr_scheduler_type": "constant_with_warmup",
         }  # fmt: skip
         folder = args.work_dir / "runs"
-        choice = train_method(arm, rates, comparisons, self.base, options, seed=seed, folder=folder)
-        self.results["chosen_rates"].setdefault(name, choice.rate)
+        choice = train_method(arm, args.rates, comparisons, self.base, options, seed=seed, folder=folder)
         report, agreement = choice.trained.report, choice.trained.report.agreement
         record.setdefault("methods", {})[name] = {
             "rate": choice.rate,
@@ -238,25 +237,31 @@ class Study:
         seed: int,
         record: dict[str, Any],
     ) -> Judge:
-        args, num = self.args, len(OBJECTIVES)
+        args, num, focus = self.args, len(OBJECTIVES), self.args.focus
         writing = Writing(reference.prompts, args.evaluation_each, args.new_tokens, args.strengths, 10 * seed + 5)
         judge = Judge(writing, self.rewards, _say)
         judge.take("reference", reference)
         policies = {name: choice.trained.policy for name, choice in choices.items()}
-        judge.frontier("single", policies[SINGLE], [0], ["all"])
-        orders = {}
-        for name in (MIXTURE, FIXED, ORACLE, ANONYMOUS):
+        judge.frontier("single", policies[SINGLE], {"all": 0}, ["all"])
+        expert_of: dict[str, dict[str, int]] = {}
+        for name in policies.keys() - {SINGLE}:
             rows = comparisons.validation if name == ANONYMOUS else comparisons.train
-            orders[name] = expert_of_objective(policies[name], rows, OBJECTIVES)
-        judge.frontier(MIXTURE, policies[MIXTURE], orders[MIXTURE], OBJECTIVES)
-        judge.write("equal", policies[MIXTURE], [1.0] * num, decoder="mixture")
-        judge.products(policies[MIXTURE], orders[MIXTURE], args.product_steps, KLS[-1])
-        for name in (ORACLE, FIXED, ANONYMOUS):
-            judge.specialists(name, policies[name], orders[name], OBJECTIVES)
-        record["expert_of_objective"] = orders
-        found = diagnose_policy(policies[ANONYMOUS], comparisons.without_ids().test, ANONYMOUS)
-        record["anonymous_diagnosis"] = found.to_dict()
+            expert_of[name] = dict(zip(OBJECTIVES, expert_of_objective(policies[name], rows, OBJECTIVES), strict=True))
+        record["expert_of_objective"] = expert_of
+        judge.frontier(MIXTURE, policies[MIXTURE], expert_of[MIXTURE], focus)
+        for name in (n for n in (ORACLE, FIXED, ANONYMOUS) if n in policies):
+            judge.specialists(name, policies[name], expert_of[name], focus)
+        if self._everything:
+            judge.write("equal", policies[MIXTURE], [1.0] * num, decoder="mixture")
+            judge.products(policies[MIXTURE], list(expert_of[MIXTURE].values()), args.product_steps, KLS[-1])
+            found = diagnose_policy(policies[ANONYMOUS], comparisons.without_ids().test, ANONYMOUS)
+            record["anonymous_diagnosis"] = found.to_dict()
         return judge
+
+    @property
+    def _everything(self) -> bool:
+        """Whether no objective is left out."""
+        return set(self.args.focus) == set(OBJECTIVES)
 
     def _arrays(self, seed: int | str) -> Path:
         folder: Path = self.args.work_dir
@@ -308,6 +313,13 @@ def _parser() -> argparse.ArgumentParser:
         "--model", help="smollm2 (default), or a folder; stories15M is looked for under PREFMIX_DATA/lm"
     )
     parser.add_argument("--quick", action="store_true", help="stories15M: twenty minutes of CPU a seed")
+    parser.add_argument(
+        "--focus",
+        nargs="+",
+        choices=OBJECTIVES,
+        default=list(OBJECTIVES),
+        help="judge these objectives alone, of single DPO, the mixture and the oracle (trained on all of them)",
+    )
     # Seeds 0 to 2 were looked at while the rewards were made.
     parser.add_argument("--seeds", type=int, nargs="+", default=[3, 4, 5])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the trunk, once tuned")

@@ -27,18 +27,21 @@ from prefmix.evaluation.report import plain_table
 
 def figures(seeds: Sequence[SeedArrays], rewards: Sequence[str], bootstraps: int) -> dict[str, Any]:
     """Everything that is claimed, JSON values."""
-    kl = common_kl(seeds)
-    methods = ("mixture", "mixture, fixed weights", "anonymous mixture")
+    kl, whole = common_kl(seeds), seeds[0].whole
+    methods = ("mixture", "mixture, fixed weights", "anonymous mixture") if whole else ("mixture",)
     found = {
         "kl": kl,
         "gains_at_equal_kl": {f"{x:g}": gains_at_kl(seeds, x, bootstraps) for x in (kl / 2, kl)},
-        "hypervolume": {f"{x:g}": hypervolumes(seeds, x, bootstraps) for x in (kl / 2, kl)},
-        "hypervolume_from_halves": {f"{x:g}": volumes_from_halves(seeds, x) for x in (kl / 2, kl)},
         "share_of_oracle": {method: share_of_oracle(seeds, method, bootstraps) for method in methods},
         "win_rates": win_rates(seeds),
-        "decoding_check": decoding_check(seeds),
         "means": means(seeds, rewards),
     }
+    if whole:
+        found |= {
+            "hypervolume": {f"{x:g}": hypervolumes(seeds, x, bootstraps) for x in (kl / 2, kl)},
+            "hypervolume_from_halves": {f"{x:g}": volumes_from_halves(seeds, x) for x in (kl / 2, kl)},
+            "decoding_check": decoding_check(seeds),
+        }
     return _plain(found)  # type: ignore[no-any-return]
 
 
@@ -64,7 +67,8 @@ def win_rates(seeds: Sequence[SeedArrays]) -> dict[str, dict[str, Any]]:
     Single DPO at the strength whose KL is nearest to the specialist's.
     """
     found: dict[str, dict[str, Any]] = {}
-    for index, objective in enumerate(seeds[0].objectives):
+    for objective in seeds[0].judged:
+        index = seeds[0].objectives.index(objective)
         mine, reference, single = ([] for _ in range(3))
         for s in seeds:
             name = f"mixture/{objective}/1"
@@ -103,15 +107,15 @@ def tables_text(results: Mapping[str, Any]) -> str:
     """Plain text: the headline tables."""
     found, parts = results["figures"], []
     for kl, table in found["gains_at_equal_kl"].items():
-        whole = table["mean of objectives"]
+        whole = table.get("mean of objectives")
         columns = ("mixture", "single DPO", "difference")
         rows = [[o, *(_cell(row[c]) for c in columns)] for o, row in table.items() if row is not whole]
         parts.append(f"gain over the reference at KL = {kl} nats, in its standard deviations")
         parts.append(plain_table(["objective", "mixture, weights on it", *columns[1:]], rows))
-        parts.append(
-            plain_table(["equal weights", *FRONTS], [["mean of objectives", *(_cell(whole[c]) for c in FRONTS)]])
-        )
-    for kl, table in found["hypervolume"].items():
+        if whole is not None:
+            cells = [_cell(whole[c]) for c in FRONTS]
+            parts.append(plain_table(["equal weights", *FRONTS], [["mean of objectives", *cells]]))
+    for kl, table in found.get("hypervolume", {}).items():
         rows = [[corner, *(_cell(row[c]) for c in FRONTS)] for corner, row in table.items()]
         parts.append(f"hypervolume within KL = {kl} nats, weights swept")
         parts.append(plain_table(["corner", *FRONTS], rows))
@@ -138,7 +142,8 @@ def tables_text(results: Mapping[str, Any]) -> str:
 def write_pictures(seeds: Sequence[SeedArrays], results: Mapping[str, Any], output: Path) -> None:
     """Beside the JSON: each objective against KL, and the front of every two objectives at equal KL."""
     kl = results["figures"]["kl"]
-    for index, objective in enumerate(seeds[0].objectives):
+    for objective in seeds[0].judged:
+        index = seeds[0].objectives.index(objective)
         points = []
         for series, families in (
             ("single DPO", [s.single() for s in seeds]),
@@ -162,7 +167,7 @@ def write_pictures(seeds: Sequence[SeedArrays], results: Mapping[str, Any], outp
                 points,
             ),
         )
-    for first in range(len(seeds[0].objectives)):
+    for first in range(len(seeds[0].objectives) if seeds[0].whole else 0):
         _front_picture(seeds, kl, first, (first + 1) % len(seeds[0].objectives), output)
 
 

@@ -53,6 +53,16 @@ def base_folder(make_tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_pa
     return tmp_path / "base"
 
 
+def _small(base_folder: Path, folder: Path) -> list[str]:
+    """A run of seconds, written to `folder`/results.json."""
+    return (
+        f"--model {base_folder} --vocabulary 300 --sft-tokens 2048 --seeds 0 --prompts 16 --validation 8 --usual 8 "
+        "--dtype float32 --evaluation 8 --each 3 --prefix-words 6 --new-tokens 8 --annotators 2 --comparisons 6 "
+        "--rates 0.05 --epochs 1 --rank 2 --strengths 1 2 --product-steps 2 --bootstraps 3 "
+        f"--work-dir {folder / 'work'} --output {folder / 'results.json'}"
+    ).split()
+
+
 def test_recipe_goes_from_reviews_to_tables_and_pictures_and_does_nothing_twice(
     recipe: Callable[[str], ModuleType],
     base_folder: Path,
@@ -64,13 +74,7 @@ def test_recipe_goes_from_reviews_to_tables_and_pictures_and_does_nothing_twice(
     pytest.importorskip("harper")
     _write_reviews(tmp_path / "data")
     monkeypatch.setenv("PREFMIX_DATA", str(tmp_path / "data"))
-    output = tmp_path / "results.json"
-    arguments = (
-        f"--model {base_folder} --vocabulary 300 --sft-tokens 2048 --seeds 0 --prompts 16 --validation 8 --usual 8 "
-        "--dtype float32 --evaluation 8 --each 3 --prefix-words 6 --new-tokens 8 --annotators 2 --comparisons 6 "
-        f"--rates 0.05 --epochs 1 --rank 2 --strengths 1 2 --product-steps 2 --bootstraps 3 "
-        f"--work-dir {tmp_path / 'work'} --output {output}"
-    ).split()
+    arguments, output = _small(base_folder, tmp_path), tmp_path / "results.json"
     run = recipe("run")
     run.main(arguments)
     printed = capsys.readouterr().out
@@ -100,6 +104,37 @@ def test_recipe_goes_from_reviews_to_tables_and_pictures_and_does_nothing_twice(
     assert run.main(arguments)["figures"] == written["figures"]
     with pytest.raises(ValueError, match="other settings"):
         run.main([*arguments, "--beta", "0.2"])
+
+
+def test_a_focus_trains_and_judges_what_one_objective_needs(
+    recipe: Callable[[str], ModuleType],
+    base_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("harper")
+    _write_reviews(tmp_path / "data")
+    monkeypatch.setenv("PREFMIX_DATA", str(tmp_path / "data"))
+    found = recipe("run").main([*_small(base_folder, tmp_path), "--focus", "grammar", "--rates", "0.05", "0.02"])
+    printed = capsys.readouterr().out
+    assert "gain over the reference at KL" in printed and "hypervolume" not in printed
+    methods = found["seeds"]["0"]["methods"]
+    assert set(methods) == {"single DPO", "mixture", "oracle"}
+    assert all(set(method["validation_log_loss"]) == {"0.05", "0.02"} for method in methods.values())
+    assert set(found["figures"]["means"]) == {
+        "reference", "single/all/1", "single/all/2", "mixture/grammar/1", "mixture/grammar/2", "oracle/grammar/1",
+    }  # fmt: skip
+    for table in found["figures"]["gains_at_equal_kl"].values():
+        assert set(table) == {"grammar"}
+    # The specialist is the expert of grammar's annotators, at its place among all.
+    expert_of = found["seeds"]["0"]["expert_of_objective"]["mixture"]
+    assert sorted(expert_of.values()) == [0, 1, 2]
+    with np.load(tmp_path / "work" / "results-seed0.npz") as arrays:
+        own = arrays["mixture/grammar/1/expert_log_ratio"][:, list(expert_of).index("grammar")]
+        np.testing.assert_allclose(own, arrays["mixture/grammar/1/log_ratio"], atol=1e-3)
+    assert [path.name for path in tmp_path.glob("results-*.svg")] == ["results-grammar.svg"]
 
 
 def test_no_film_is_in_two_parts(
