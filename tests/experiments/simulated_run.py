@@ -46,7 +46,8 @@ def simulated_run(
     mine, theirs = evaluation.predictions["personalised"].logit, evaluation.predictions["population"].logit
     texts = ["A long answer. " * 30, NASTY, "short", "mixed"][: num_experts + 1]
     example = Example(
-        "Where is the sun?", [f"expert {k}" for k in range(num_experts)] + ["the mixture"],
+        "Where is the sun?", "system: Be kind.\nuser: Where is the sun?",
+        [f"expert {k}" for k in range(num_experts)] + ["the mixture"],
         texts + ["x"] * (num_experts + 1 - len(texts)),
         rng.random((num_experts, num_experts + 1)).tolist(), [1 / (num_experts + 1)] * (num_experts + 1),
     )  # fmt: skip
@@ -63,7 +64,7 @@ def simulated_run(
         people=People(weights, [f"user {u}" for u in range(num_users)], groups),
         gate=[GateView("By prompt", rows, "Each prompt."), GateView("By age", rows, "The gate alone.")],
         experts=experts,
-        disputes=[Dispute(NASTY, "a " * 250, "b", "anna", even, even)] * 3,
+        disputes=[Dispute(NASTY, NASTY, "a " * 250, "b", "anna", even, even)] * 3,
         examples=[example] * 4,
         divergence=[Divergence(3.0 + k, 0.4, 16, 48.0) for k in range(num_experts)],
         diagnosis=Diagnosis("the run", diagnose_scored(scored)),

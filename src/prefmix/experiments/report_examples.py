@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from prefmix.data.comparisons import ComparisonTable, TextTable
+from prefmix.data.schema import check_rows
 from prefmix.data.stages import stage
 from prefmix.evaluation.figures.experts import Divergence
 from prefmix.evaluation.reference import reference_policy
@@ -43,12 +44,18 @@ class Written(NamedTuple):
 
 
 def find_disputes(
-    policy: MixturePolicy, table: ComparisonTable, scores: PreferenceScores, weights: np.ndarray, names: bool
+    policy: MixturePolicy,
+    rows: Sequence[Mapping[str, Any]],
+    table: ComparisonTable,
+    scores: PreferenceScores,
+    weights: np.ndarray,
+    names: bool,
 ) -> list[Dispute]:
     """The comparisons of which experts say the most different things, one a prompt and pair of texts.
 
     Args:
         policy: its tokenizer.
+        rows: what `table` was read from; prompts are shown as they are written there.
         table: B comparisons.
         scores: under every expert.
         weights: [B, K] of the rows' users.
@@ -60,14 +67,16 @@ def find_disputes(
     found: list[Dispute] = []
     seen: set[int] = set()
     for row in np.argsort(probability.min(axis=1) - probability.max(axis=1), kind="stable"):
-        prompt, chosen, rejected = int(table.prompt[row]), int(table.chosen[row]), int(table.rejected[row])
+        chosen, rejected = int(table.chosen[row]), int(table.rejected[row])
         if seen & {chosen, rejected}:
             continue
         seen |= {chosen, rejected}
         user = table.users[table.user[row]] if names and table.user[row] >= 0 else ""
         sides = [_text(policy, table.texts.completion_ids[i]) for i in (chosen, rejected)]
-        asked = _text(policy, table.texts.prompts[prompt])
-        found.append(Dispute(asked, sides[0], sides[1], user, probability[row].tolist(), weights[row].tolist()))
+        compared = check_rows([rows[int(table.source_row[row])]], keep_ties=True).rows[0].responses
+        ids = compared.token_ids
+        asked = readable(compared.prompt if ids is None else _text(policy, ids.prompt_ids))
+        found.append(Dispute(*asked, sides[0], sides[1], user, probability[row].tolist(), weights[row].tolist()))
         if len(found) == DISPUTES:
             break
     return found
@@ -137,8 +146,7 @@ def _example(
     if weights is not None and policy.config.feedback_model.likelihood == "mbt":
         first = (weights @ score).argmax(axis=1)
         people = (np.bincount(first, minlength=len(answers)) / len(first)).tolist()
-    shown = prompt if isinstance(prompt, str) else "\n".join(f"{m.get('role')}: {m.get('content')}" for m in prompt)
-    return Example(clip(shown), writers, [clip(a.text) for a in answers], score.tolist(), people)
+    return Example(*readable(prompt), writers, [clip(a.text) for a in answers], score.tolist(), people)
 
 
 def _together(policy: MixturePolicy) -> str:
@@ -158,6 +166,15 @@ def _texts(policy: MixturePolicy, written: Sequence[tuple[Prompt, Response]]) ->
     """The very tokens that were drawn, as texts to score."""
     prompts = [prompt_token_ids(prompt, policy.tokenizer) for prompt, _ in written]
     return TextTable(prompts, [response.token_ids for _, response in written], np.arange(len(written)), prompts)
+
+
+def readable(prompt: Prompt) -> tuple[str, str]:
+    """What was asked last, for a title, and the whole prompt: text, or a line of "role: content" for each message."""
+    if isinstance(prompt, str):
+        return clip(prompt), clip(prompt)
+    whole = "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in prompt)
+    asked = [str(message.get("content")) for message in prompt if message["role"] == "user"]
+    return clip(asked[-1] if asked else whole), clip(whole)
 
 
 def _text(policy: MixturePolicy, token_ids: Sequence[int]) -> str:

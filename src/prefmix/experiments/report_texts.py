@@ -36,7 +36,7 @@ def examples_html(examples: Sequence[Example]) -> str:
         answers = "".join(_answer(example, c) for c in range(len(example.answers)))
         opened = " open" if place == 0 else ""
         parts.append(
-            f'<details class="example"{opened}><summary>{escape(clipped(example.prompt, 110))}</summary>'
+            f'<details class="example"{opened}><summary>{escape(clipped(example.title, 110))}</summary>'
             f'<p class="quote prompt">{escape(example.prompt)}</p><div class="answers">{answers}</div></details>'
         )
     return "".join(parts)
@@ -55,8 +55,9 @@ def disputes_html(disputes: Sequence[Dispute]) -> str:
         meters = "".join(_meter(k, value) for k, value in enumerate(dispute.probability))
         opened = " open" if place == 0 else ""
         parts.append(
-            f'<details class="example"{opened}><summary>{escape(clipped(dispute.prompt, 110))}</summary>'
-            f'<div class="answers"><div class="answer"><h4>{escape(who + with_expert)}</h4>'
+            f'<details class="example"{opened}><summary>{escape(clipped(dispute.title, 110))}</summary>'
+            f'<p class="quote prompt">{escape(dispute.prompt)}</p><div class="answers">'
+            f'<div class="answer"><h4>{escape(who + with_expert)}</h4>'
             f'<p class="quote">{escape(dispute.chosen)}</p></div><div class="answer"><h4>rejected</h4>'
             f'<p class="quote">{escape(dispute.rejected)}</p></div></div><div class="meters">{meters}</div></details>'
         )

@@ -58,12 +58,14 @@ class Dispute(NamedTuple):
     """A comparison that experts disagree about.
 
     Attributes:
+        title: what was asked last.
         prompt, chosen, rejected: as text.
         user: who judged; empty where names must not be written.
         probability: K values p_k(chosen > rejected).
         weights: K weights of the user.
     """
 
+    title: str
     prompt: str
     chosen: str
     rejected: str
@@ -76,6 +78,7 @@ class Example(NamedTuple):
     """A prompt and what was written to it.
 
     Attributes:
+        title: what was asked last.
         prompt: as text.
         writers: C names: each expert, the mixture, and the reference.
         answers: C texts.
@@ -83,6 +86,7 @@ class Example(NamedTuple):
         people: C shares of users whose weights put this answer first; empty where no users are known.
     """
 
+    title: str
     prompt: str
     writers: Sequence[str]
     answers: Sequence[str]

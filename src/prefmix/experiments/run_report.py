@@ -130,7 +130,7 @@ def _on_rows(
     elif not parts["gate"]:
         terms = " + ".join(gate.terms)
         absent["gate"] = f"the gate reads {terms}, and rows bring neither prompts that it reads nor metadata"
-    parts["disputes"] = find_disputes(policy, table, scores, weights, options.names)
+    parts["disputes"] = find_disputes(policy, rows, table, scores, weights, options.names)
     if not options.examples:
         absent["answers"] = "no answers were generated (--examples 0)"
         return parts
