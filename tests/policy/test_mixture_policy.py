@@ -273,6 +273,8 @@ def test_a_user_hears_their_own_mixture(make_policy):
     fields = {"num_return_sequences": 8, "max_new_tokens": 3, "return_details": True, "seed": 0}
     both = policy.generate([PROMPT, PROMPT], user=["anna", "bob"], **fields)
     assert [response.expert for response in both] == [0] * 8 + [1] * 8
+    given = policy.generate([PROMPT, PROMPT], weights=[[0, 2, 0], [3, 0, 0]], **fields)
+    assert [response.expert for response in given] == [1] * 8 + [0] * 8
 
 
 def test_chat_prompts_go_through_the_template(make_policy, tiny_chat_tokenizer):
@@ -291,6 +293,8 @@ def test_chat_prompts_go_through_the_template(make_policy, tiny_chat_tokenizer):
         ({"weights": [0.5, 0.5]}, "weights="),
         ({"weights": [-1, 1, 1]}, "weights="),
         ({"weights": [0, 0, 0]}, "weights="),
+        ({"weights": [[1, 0, 0], [0, 0, 0]], "prompt": ["a", "b"]}, "3 numbers .or 2 rows of them"),
+        ({"weights": [[1, 0, 0]] * 3, "prompt": ["a", "b"]}, "3 numbers .or 2 rows of them"),
         ({"stream": True, "num_return_sequences": 2}, "stream=True"),
         ({"temperature": -0.5}, "temperature=-0.5"),
         ({"user": ["anna", "bob"]}, "2 users"),

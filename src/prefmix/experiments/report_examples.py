@@ -94,39 +94,36 @@ def write_examples(
         options: how many, how long.
 
     Returns:
-        None where prompts are token ids.
+        None where prompts are token ids, or empty.
     """
     prompts = written_prompts(policy, rows, options.examples)
-    if prompts is None:
+    if not prompts:
         return None
     num_experts, seed = policy.config.num_experts, options.seed
     together = PRODUCT if policy.decoder == PRODUCT else "mixture"
     settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "return_details": True}
-    examples, responses = [], [[] for _ in range(num_experts)]  # type: tuple[list[Example], list[list[Any]]]
-    reference = reference_policy(policy)
+    reference, samples = reference_policy(policy), options.samples
     writers = [f"expert {k}" for k in range(num_experts)] + [_together(policy)] * (num_experts > 1)
     writers += [] if reference is None else ["the reference"]
-    total = len(prompts) * (num_experts + 1 + (reference is not None))
-    with stage("writing answers", total, "answer", progress=options.progress) as done:
-        for i, prompt in enumerate(prompts):
-            answers: list[Response] = []
-            for k in range(num_experts):
-                alone = [float(j == k) for j in range(num_experts)]
-                written = policy.generate(
-                    [prompt], weights=alone, num_return_sequences=options.samples, seed=seed + i, **settings
-                )
-                responses[k] += [(prompt, response) for response in written]
-                answers.append(written[0])
-                done(1)
-            blend = policy.gate_weights(prompt).tolist()
-            mixed = policy.generate([prompt], decoder=together, weights=blend, seed=seed + i, **settings)
-            answers += mixed if num_experts > 1 else []
-            done(1)
-            if reference is not None:
-                answers += reference.generate([prompt], seed=seed + i, **settings)
-                done(1)
-            examples.append(_example(policy, prompt, writers, answers, weights))
-    return Written(examples, [_divergence(policy, k, found) for k, found in enumerate(responses)])
+    answers: list[list[Response]] = []  # of each writer, one to each prompt
+    divergence: list[Divergence] = []
+    with stage("writing answers", len(writers) * len(prompts), "answer", progress=options.progress) as done:
+        for k in range(num_experts):
+            alone = [float(j == k) for j in range(num_experts)]
+            written = policy.generate(prompts, weights=alone, num_return_sequences=samples, seed=seed, **settings)
+            asked = [prompt for prompt in prompts for _ in range(samples)]
+            divergence.append(_divergence(policy, k, list(zip(asked, written, strict=True))))
+            answers.append(written[::samples])
+            done(len(prompts))
+        if num_experts > 1:
+            blend = torch.stack([policy.gate_weights(prompt) for prompt in prompts])
+            answers.append(policy.generate(prompts, decoder=together, weights=blend, seed=seed, **settings))
+            done(len(prompts))
+        if reference is not None:
+            answers.append(reference.generate(prompts, seed=seed, **settings))
+            done(len(prompts))
+    to_each = zip(prompts, zip(*answers, strict=True), strict=True)
+    return Written([_example(policy, prompt, writers, found, weights) for prompt, found in to_each], divergence)
 
 
 def _example(

@@ -136,7 +136,7 @@ def _on_rows(
         return parts
     written = write_examples(policy, rows, None if people is None else people.weights, options)
     if written is None:
-        absent["answers"] = "prompts are token ids, so no answers were generated"
+        absent["answers"] = "prompts are token ids or empty, so no answers were generated"
         return parts
     return parts | {"examples": written.examples, "divergence": written.divergence}
 

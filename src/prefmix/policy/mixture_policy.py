@@ -308,7 +308,7 @@ class MixturePolicy:
         do_sample: bool = True,
         num_return_sequences: int = 1,
         seed: int | None = None,
-        weights: Sequence[float] | Tensor | None = None,
+        weights: Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
         stream: bool = False,
         return_details: bool = False,
     ) -> Any:
@@ -331,7 +331,7 @@ class MixturePolicy:
             do_sample: false is greedy, whatever the temperature.
             num_return_sequences: responses for each prompt.
             seed: equal calls with equal seeds give equal responses.
-            weights: K weights to use instead of the user's.
+            weights: K weights to use instead of the user's, or K for each prompt.
             stream: return an iterator over pieces of text; one prompt, one response.
             return_details: give `Response`s instead of strings.
 

@@ -26,17 +26,21 @@ from prefmix.policy.prompt_states import pooled_prompt_states
 from prefmix.policy.user_state import UserState
 
 
-def given_weights(weights: Sequence[float] | Tensor, num_experts: int, num_rows: int) -> Float[Tensor, "B K"]:
-    """[B, K] log of weights that somebody named, normalised, the same for each row.
+def given_weights(
+    weights: Sequence[float] | Sequence[Sequence[float]] | Tensor, num_experts: int, num_rows: int
+) -> Float[Tensor, "B K"]:
+    """[B, K] log of weights that somebody named, normalised: K for all rows, or K for each.
 
     Raises:
         ValueError: another number of them, a negative one, or all zero.
     """
     given = torch.as_tensor(weights, dtype=torch.float64).cpu()
-    valid = given.shape == (num_experts,) and bool((given >= 0).all()) and 0 < given.sum() < torch.inf
-    if not valid:
-        raise ValueError(f"weights={given.tolist()}: give {num_experts} numbers, none negative, not all zero")
-    return (given / given.sum()).log().expand(num_rows, -1)
+    total = given.sum(dim=-1, keepdim=True)
+    valid = given.shape in ((num_experts,), (num_rows, num_experts)) and bool((given >= 0).all())
+    if not (valid and bool(((total > 0) & (total < torch.inf)).all())):
+        each = f" (or {num_rows} rows of them, one for each prompt)" if given.dim() == 2 else ""
+        raise ValueError(f"weights={given.tolist()}: give {num_experts} numbers{each}, none negative, not all zero")
+    return (given / total).log().expand(num_rows, -1)
 
 
 class UserWeights(NamedTuple):
