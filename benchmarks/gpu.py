@@ -21,7 +21,6 @@ import json
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from measuring.scratch import scratch_folder
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
@@ -183,7 +183,7 @@ def common(args: argparse.Namespace) -> dict[str, Any]:
     """What TRL's configuration and ours have in common."""
     on_gpu = args.device != "cpu"
     return {
-        "output_dir": tempfile.mkdtemp(prefix="prefmix-gpu-"), "max_steps": WARM_UP + args.steps, "bf16": True,
+        "output_dir": scratch_folder(), "max_steps": WARM_UP + args.steps, "bf16": True,
         "per_device_train_batch_size": args.pairs, "gradient_checkpointing": False, "learning_rate": 2e-4, "beta": 0.1,
         "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1000, "use_cpu": not on_gpu,
     }  # fmt: skip

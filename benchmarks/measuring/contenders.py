@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
+from measuring.scratch import scratch_folder
 from prefmix.experts.base_model import BaseModel
 from prefmix.training.config import MixtureConfig
 from prefmix.training.trainer import MixtureTrainer
@@ -121,7 +121,7 @@ def our_trainer(name: str, bases: Bases, course: Course) -> MixtureTrainer:
     """One of ours on its rows, untrained."""
     own = course.fields | fields_of_ours(name)
     args = MixtureConfig(
-        tempfile.mkdtemp(prefix="prefmix-bench-"),
+        scratch_folder(),
         **(SHARED | {"init": "random", "init_hold_epochs": 0, "expert_rank": RANK, "lora_alpha": ALPHA} | own),
         max_steps=course.steps,
         per_device_train_batch_size=course.pairs,
@@ -146,7 +146,7 @@ def trl_trainer(name: str, bases: Bases, course: Course, *, own_base: bool = Fal
     datasets.disable_progress_bars()
     base = bases[torch.float32]
     args = DPOConfig(
-        tempfile.mkdtemp(prefix="prefmix-bench-"),
+        scratch_folder(),
         **(SHARED | TRL[name]),
         learning_rate=2e-4,
         max_steps=course.steps,
