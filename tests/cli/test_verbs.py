@@ -222,8 +222,19 @@ def test_adapt_keeps_a_user_only_on_request(place: Path, capsys: pytest.CaptureF
     printed = json.loads(capsys.readouterr().out)
     assert sum(printed["weights"]) == pytest.approx(1)
     assert "bob" in users.read_text()
+    assert printed["earlier"] == 0
     assert main([*words, "--save"]) == 0
-    assert f"kept in {place / 'out'}" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert f"kept in {place / 'out'}" in captured.err and "bob, 3 comparisons on top of 3 earlier ones" in captured.out
+    assert main([*words, "--anew", "--format", "json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["weights"] == pytest.approx(printed["weights"]) and again["earlier"] == 0
+    assert main([*words, "--forget"]) == 2 and "bob" in users.read_text()
+    assert "--forget with --data" in capsys.readouterr().err
+    assert main([*words[:4], "--forget"]) == 0
+    assert "bob is forgotten" in capsys.readouterr().out and "bob" not in users.read_text()
+    assert main([*words[:4], "--forget"]) == 2
+    assert "user='bob': not among the 8 users" in capsys.readouterr().err
 
 
 def test_adapt_keeps_weights_for_everybody_unknown(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,3 +116,19 @@ def test_a_training_output_leads_to_its_policy(tmp_path):
     assert find_policy(tmp_path / "out") == tmp_path / "out" / "policy"
     with pytest.raises(ValueError, match="no policy here"):
         find_policy(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions are POSIX")
+def test_whoever_may_read_one_file_may_read_all(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with replacing_folder(tmp_path / "policy", marker=CONFIG_FILE) as folder:
+            (folder / CONFIG_FILE).write_text("{}")
+            (folder / "expert_0").mkdir()
+            private = folder / "expert_0" / "head.safetensors"
+            private.write_bytes(b"x")
+            private.chmod(0o600)
+    finally:
+        os.umask(before)
+    files = [file for file in (tmp_path / "policy").rglob("*") if file.is_file()]
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o640}

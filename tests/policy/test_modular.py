@@ -69,8 +69,7 @@ def test_rows_say_what_users_think_of_all_experts(make_policy: Callable[..., Mix
     new = add_expert(policy, CopyOf(0, scale=0.5), weight=0.25, rows=ROWS)
     fresh = add_expert(policy, CopyOf(0, scale=0.5), weight=0.25)
     for user, own in (("anna", ROWS[:2]), ("carl", ROWS[2:])):
-        fresh.forget(user)
-        assert torch.allclose(new.weights(user=user), fresh.adapt(user, own), atol=1e-9)
+        assert torch.allclose(new.weights(user=user), fresh.adapt(user, own, anew=True), atol=1e-9)
     assert new.users.names == ["anna", "bob", "carl"]
     assert new.weights(user="bob")[3] == pytest.approx(0.25, abs=1e-6)
     assert "carl" not in policy.users

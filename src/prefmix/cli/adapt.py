@@ -1,4 +1,7 @@
-"""`prefmix adapt POLICY --user bob --data rows.jsonl [--save]`: weights of a user, or of nobody, without training."""
+"""`prefmix adapt POLICY --user bob --data rows.jsonl [--save]`: weights of a user, or of nobody, without training.
+
+With `--forget` in the place of `--data` the user is taken out.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_data(parser, required=False)
     parser.add_argument("--by", choices=("user", "group"), default="user", help="--unknown: column of the groups")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--anew", action="store_true", help="in the place of the user's earlier comparisons")
+    what.add_argument("--forget", action="store_true", help="take the user out of the policy folder, name and all")
     parser.add_argument("--save", action="store_true", help="keep the user, or the default, in the policy folder")
     add_format(parser)
 
@@ -32,26 +38,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints the posterior over experts given the user's comparisons."""
     if args.unknown:
+        if args.forget or args.anew:
+            raise ValueError(f"--unknown {args.unknown} with --forget or --anew: these are about a --user")
         _set_unknown(args)
         return
+    if args.forget:
+        _forget(args)
+        return
     if args.data is None:
-        raise ValueError(f"--user {args.user} without --data: give the user's comparisons")
+        raise ValueError(f"--user {args.user} without --data: give the user's comparisons (or --forget)")
     rows = rows_of(args.user, read_checked_rows(args.data, args.split, args.user_column))
     with stdout_is_for_results():
         policy = load_policy(args)
-        policy.adapt(args.user, rows, save=args.save)
+        known = policy.users.index(args.user)
+        before = 0.0 if known < 0 or args.anew else float(policy.users.count[known])
+        policy.adapt(args.user, rows, save=args.save, anew=args.anew)
     rate = policy.users.rate(args.user)
     if args.format == "json":
         weights = policy.weights(user=args.user).tolist()
-        found = {"user": args.user, "comparisons": len(rows), "weights": weights, "saved": args.save}
+        found = {"user": args.user, "comparisons": len(rows), "earlier": before, "weights": weights, "saved": args.save}
         print_json(found if rate is None else found | {"label_noise": rate})
         return
     print(
         f"{args.user}, {counted(len(rows), 'comparison')}"
+        + (f" on top of {before:g} earlier ones" if before else "")
         + ("" if rate is None else f", {rate:.0%} of the labels flipped")
     )
     print(weight_lines(policy, args.user))
     note(f"kept in {args.policy}" if args.save else "not kept; --save keeps the user in the policy folder")
+
+
+def _forget(args: argparse.Namespace) -> None:
+    """Takes a user out of the folder; there is nothing else to do with it, so --save is implied."""
+    if args.data is not None:
+        raise ValueError(f"--forget with --data {args.data}: forgetting takes no rows; --anew learns from these alone")
+    with stdout_is_for_results():
+        policy = load_policy(args)
+        policy.forget(args.user, save=True)
+    if args.format == "json":
+        print_json({"user": args.user, "forgotten": True, "users": len(policy.users)})
+        return
+    print(f"{args.user} is forgotten: name, evidence and weights are no longer in {args.policy}")
+    note("experts keep what they learnt from these rows in training; checkpoints and rows are files of their own")
 
 
 def _set_unknown(args: argparse.Namespace) -> None:
@@ -61,8 +89,7 @@ def _set_unknown(args: argparse.Namespace) -> None:
         policy = load_policy(args)
         policy.set_unknown_users(None if args.unknown == "gate" else args.unknown, rows, args.by)
         if args.save:
-            assert policy.path is not None, "it was loaded from a folder"
-            policy.save_pretrained(policy.path)
+            policy.save_back()
     if args.format == "json":
         print_json({"unknown": args.unknown, "weights": policy.weights().tolist(), "saved": args.save})
         return

@@ -215,6 +215,12 @@ class Gate(nn.Module):
         return torch.arange(first, first + num_new)
 
     @torch.no_grad()
+    def remove_user(self, user: int) -> None:
+        """Takes a user's row out; later users move up by one. An optimizer must be built after this."""
+        assert "user" in self.terms
+        self.user = nn.Parameter(torch.cat([self.user[:user], self.user[user + 1 :]]))
+
+    @torch.no_grad()
     def set_user_log_weights(self, user: int, log_weights: Float[Tensor, "K"]) -> None:
         """Stores the offsets that give `user` these weights where no other term speaks (adaptation by MAP)."""
         assert "user" in self.terms

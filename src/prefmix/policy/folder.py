@@ -47,6 +47,7 @@ def replacing_folder(target: Path, marker: str) -> Iterator[Path]:
     try:
         yield staging
         _write_manifest(staging)
+        _alike_readable(staging)
         sync_tree(staging)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -77,6 +78,30 @@ def find_policy(path: str | Path) -> Path:
     found = intact_folder(policy_home(path), marker=CONFIG_FILE)
     assert found is not None
     return found
+
+
+def saved_state(folder: Path) -> str | None:
+    """What tells one save to a folder from the next: its manifest; None where there is none."""
+    try:
+        return (folder / MANIFEST).read_text(encoding="utf-8")
+    except OSError:
+        return None
+
+
+def check_unchanged(folder: Path | None, state: str | None) -> Path:
+    """The folder, for a change that is to be kept in it.
+
+    Raises:
+        ValueError: there is none yet, or it is not what it was at `state`: what somebody else saved would be lost.
+    """
+    if folder is None:
+        raise ValueError("save=True: this policy has no folder yet; call save_pretrained(path) first")
+    if saved_state(folder) != state:
+        raise ValueError(
+            f"{folder}: saved by somebody else since it was loaded; load it again and repeat the change (or save to "
+            "another folder), so that neither is lost"
+        )
+    return folder
 
 
 def policy_home(path: str | Path) -> Path:
@@ -135,6 +160,14 @@ def _write_manifest(folder: Path) -> None:
     names = {file.relative_to(folder).as_posix(): file for file in files}
     hashes = {name: file_sha256(file) for name, file in names.items() if name not in UNHASHED}
     (folder / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=2) + "\n", encoding="utf-8")
+
+
+def _alike_readable(folder: Path) -> None:
+    """Gives every file the permissions of one that Python made: safetensors writes for the owner alone."""
+    mode = (folder / MANIFEST).stat().st_mode
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
 
 
 def sync_tree(folder: Path) -> None:

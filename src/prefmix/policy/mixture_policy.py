@@ -22,13 +22,13 @@ from prefmix.experts.base_model import BaseSource
 from prefmix.mixture.bradley_terry import mixture_log_lik
 from prefmix.mixture.group_objectives import UnknownUserWeights
 from prefmix.policy.config import PolicyConfig
-from prefmix.policy.folder import policy_home
-from prefmix.policy.generation import DECODERS, PRODUCT, SamplingOptions, rho_dtype
+from prefmix.policy.folder import check_unchanged, policy_home, saved_state
+from prefmix.policy.generation import DECODERS, PRODUCT, SamplingOptions
 from prefmix.policy.mixture_model import MixtureModel
 from prefmix.policy.preferences import PreferenceScores, Ranked, candidate_scores, preference_scores, score_dicts
 from prefmix.policy.prompts import Prompt, is_single_prompt, prompt_list, prompt_token_ids, users_and_metadata
 from prefmix.policy.questions import Question, rank_questions
-from prefmix.policy.responses import left_pad, stream_response, write_responses
+from prefmix.policy.responses import end_tokens, response_call, stream_response, write_responses
 from prefmix.policy.row_form import RowForm
 from prefmix.policy.serialization import PolicyParts, read_policy, write_policy
 from prefmix.policy.text_scores import product_log_probs, text_log_probs
@@ -37,7 +37,7 @@ from prefmix.policy.user_learning import learn_user
 from prefmix.policy.user_state import UserState
 from prefmix.policy.user_weights import UserWeights, given_weights
 
-Metadata = Mapping[str, Any]
+Metadata, Rows = Mapping[str, Any], Sequence[Mapping[str, Any]]
 
 
 class MixturePolicy:
@@ -77,6 +77,7 @@ class MixturePolicy:
         self.record = dict(record or {})
         self._row_form = RowForm(config.row_form)
         self.path: Path | None = None
+        self._saved: str | None = None
 
     @property
     def decoder(self) -> str:
@@ -86,10 +87,7 @@ class MixturePolicy:
     @property
     def eos_token_ids(self) -> set[int]:
         """Tokens that end a response: the tokenizer's, and those of the base model's generation config."""
-        generation_config = self.model.experts.base_model.generation_config
-        base_eos = None if generation_config is None else generation_config.eos_token_id
-        found = base_eos if isinstance(base_eos, list) else [base_eos]
-        return {int(token) for token in (self.tokenizer.eos_token_id, *found) if token is not None}
+        return end_tokens(self.model.experts, self.tokenizer)
 
     # --- disk ---------------------------------------------------------------------------------------------------------
     def save_pretrained(
@@ -109,7 +107,15 @@ class MixturePolicy:
         parts = PolicyParts(self.model, self.tokenizer, self.config, self.users, self.metadata_encoder, self.record)
         written = None if experts_folder is None else Path(experts_folder)
         write_policy(path, parts, user_state=user_state, experts_folder=written)
-        self.path = Path(path)
+        self.path, self._saved = Path(path), saved_state(Path(path))
+
+    def save_back(self) -> None:
+        """Writes the policy to the folder that it came from.
+
+        Raises:
+            ValueError: it has no folder yet, or another process saved there since.
+        """
+        self.save_pretrained(check_unchanged(self.path, self._saved))
 
     @classmethod
     def from_pretrained(
@@ -128,6 +134,7 @@ class MixturePolicy:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         policy = cls(*read_policy(path, base=base, device=device))
         policy.path = policy_home(path)
+        policy._saved = saved_state(policy.path)
         return policy
 
     # --- weights ------------------------------------------------------------------------------------------------------
@@ -153,7 +160,7 @@ class MixturePolicy:
         """
         return self._user_weights().posterior(self._prompts(prompt), [user], [metadata])[0].exp()
 
-    def adapt(self, user: str, comparisons: Sequence[Mapping[str, Any]], save: bool = False) -> Float[Tensor, "K"]:
+    def adapt(self, user: str, comparisons: Rows, save: bool = False, *, anew: bool = False) -> Float[Tensor, "K"]:
         """Learns a user's weights from comparisons, without training; returns them.
 
         Under `latent="user"` this is the exact posterior; under `latent="pair"` with a `user` gate term the maximum a
@@ -163,30 +170,42 @@ class MixturePolicy:
         Args:
             user: a new or known name; a `user` column in the rows is not read.
             comparisons: rows with prompt, chosen, rejected, and perhaps weight and metadata.
-            save: also write the policy back to the folder that it came from.
+            save: also write the policy back to the folder that it came from (`save_back`).
+            anew: in the place of what the user's earlier comparisons told, not in addition to it.
 
         Raises:
-            ValueError: the policy has nothing that depends on the user, rows are unusable, or there is no folder yet.
+            ValueError: the policy has nothing that depends on the user, rows are unusable, or `save_back` refuses.
         """
-        if save and self.path is None:
-            raise ValueError("save=True: this policy has no folder yet; call save_pretrained(path) first")
+        if save:
+            check_unchanged(self.path, self._saved)
         user_weights = self._user_weights()
         user_weights.check_adaptable()
+        if not str(user).strip():
+            raise ValueError(f"user={user!r}: give the user a name")
         table = self.table(comparisons)
+        if anew:
+            user_weights.reset(user)
         scores = self._preference_scores(table, [self.users.index(user)] * len(table))
         learn_user(user_weights, user, table, scores, self.config)
         if save:
-            assert self.path is not None
-            self.save_pretrained(self.path)
+            self.save_back()
         metadata = table.metadata[0] if len(table) else None
         return user_weights.posterior(None, [user], [metadata])[0].exp()
 
-    def forget(self, user: str) -> None:
-        """Takes back what `adapt` and training learned of a user's weights; `save_pretrained` makes it last."""
+    def forget(self, user: str, save: bool = False) -> None:
+        """Takes a user out: name, evidence, weights. What the experts learnt from their rows in training stays.
+
+        Raises:
+            ValueError: the name is unknown, or `save_back` refuses.
+        """
+        if save:
+            check_unchanged(self.path, self._saved)
         self._user_weights().forget(user)
+        if save:
+            self.save_back()
 
     def unknown_user_weights(
-        self, objective: Objective = "max_min", rows: Sequence[Mapping[str, Any]] | None = None, by: str = "user"
+        self, objective: Objective = "max_min", rows: Rows | None = None, by: str = "user"
     ) -> UnknownUserWeights:
         """Weights for somebody about whom nothing is known, for `generate(weights=...)`; see `unknown_users`."""
         return unknown_user_weights(self, objective, rows, by)  # type: ignore[arg-type]
@@ -209,7 +228,7 @@ class MixturePolicy:
         return self._user_weights().gate_terms(prompts, list(table.metadata))
 
     # --- texts --------------------------------------------------------------------------------------------------------
-    def table(self, rows: Sequence[Mapping[str, Any]], progress: bool = False) -> ComparisonTable:
+    def table(self, rows: Rows, progress: bool = False) -> ComparisonTable:
         """Rows, tokenized as in training; warns where all are plain text and those were messages, or the reverse."""
         reading = self._truncation() | {"keep_ties": self.config.feedback_model.keeps_ties, "progress": progress}
         table = tokenize_rows(rows, self.tokenizer, users=self.users.names, **reading)
@@ -253,7 +272,7 @@ class MixturePolicy:
             return product_log_probs(self.model.experts, texts, log_weights)
         return mixture_log_lik(log_weights, log_probs)
 
-    def score(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def score(self, rows: Rows) -> list[dict[str, Any]]:
         """Implicit rewards and preference probabilities of comparisons, one JSON-ready dictionary for each row.
 
         `row` (position in `rows`); `user`; `weights` [K] of that row; under every expert `rewards/chosen`,
@@ -286,9 +305,7 @@ class MixturePolicy:
         order = torch.argsort(scores, descending=True, stable=True).tolist()
         return [Ranked(candidates[i], float(scores[i]), i) for i in order]
 
-    def next_question(
-        self, user: str | None, candidates: Sequence[Mapping[str, Any]], metadata: Metadata | None = None
-    ) -> Question:
+    def next_question(self, user: str | None, candidates: Rows, metadata: Metadata | None = None) -> Question:
         """The candidate pair whose comparison would tell most about this user's expert; see `rank_questions`."""
         return rank_questions(self, user, candidates, metadata)[0]
 
@@ -356,7 +373,8 @@ class MixturePolicy:
         else:
             log_weights = given_weights(weights, self.config.num_experts, len(prompts))
         token_ids = [ids for ids in token_ids for _ in range(num_return_sequences)]
-        call = self._generation_call(token_ids, log_weights.repeat_interleave(num_return_sequences, 0), decoder, seed)
+        start = log_weights.repeat_interleave(num_return_sequences, 0)
+        call = response_call(self.model.experts, self.tokenizer, token_ids, start, decoder, seed)
         # A message's content stands alone: the space that a template may put before it is the template's.
         texts = [isinstance(entry, str) for entry in prompts for _ in range(num_return_sequences)]
         call["text_before"] = [ids if text else [] for text, ids in zip(texts, token_ids, strict=True)]
@@ -380,19 +398,3 @@ class MixturePolicy:
     def _preference_scores(self, table: ComparisonTable, judges: Sequence[int]) -> PreferenceScores:
         log_probs = text_log_probs(self.model.experts, table.texts)
         return preference_scores(log_probs, table, self.config, self.users.rates(judges, self.config.label_noise))
-
-    def _generation_call(
-        self, prompts: list[list[int]], log_weights: Float[Tensor, "B K"], decoder: str, seed: int | None
-    ) -> dict[str, Any]:
-        device = next(self.model.parameters()).device
-        generator = torch.Generator(device)
-        generator.seed() if seed is None else generator.manual_seed(seed)
-        return {
-            "experts": self.model.experts,
-            "tokenizer": self.tokenizer,
-            "prompt": left_pad(prompts, self.tokenizer.pad_token_id or 0, device),
-            "log_rho": DECODERS[decoder](log_weights.to(device, rho_dtype(device)), generator),
-            "eos_token_ids": self.eos_token_ids,
-            "generator": generator,
-            "product": decoder == PRODUCT,
-        }

@@ -245,8 +245,7 @@ def _with_evidence(policy: MixturePolicy, rows: Sequence[Row] | None) -> Mixture
         if row.get("user") is not None:
             by_user.setdefault(str(row["user"]), []).append(row)
     for user, own in by_user.items():
-        policy.forget(user)
-        policy.adapt(user, own)
+        policy.adapt(user, own, anew=True)
     return policy
 
 

@@ -6,7 +6,7 @@ Legend: B prompts, K experts, T tokens of a response, L padded prompt length.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prefmix.experts.interface import AbstractExperts
-from prefmix.policy.generation import SamplingOptions, decode
+from prefmix.policy.generation import DECODERS, PRODUCT, SamplingOptions, decode, rho_dtype
 from prefmix.policy.streaming import TextStream, decode_response
 
 
@@ -60,6 +60,37 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.
         input_ids[row, length - len(prompt) :] = torch.tensor(list(prompt))
         attention_mask[row, length - len(prompt) :] = 1
     return LeftPadded(input_ids.to(device), attention_mask.to(device))
+
+
+def end_tokens(experts: AbstractExperts, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end a response: the tokenizer's, and those of the base model's generation config."""
+    generation_config = experts.base_model.generation_config
+    base_eos = None if generation_config is None else generation_config.eos_token_id
+    found = base_eos if isinstance(base_eos, list) else [base_eos]
+    return {int(token) for token in (tokenizer.eos_token_id, *found) if token is not None}
+
+
+def response_call(
+    experts: AbstractExperts,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    log_weights: Float[Tensor, "B K"],
+    decoder: str,
+    seed: int | None,
+) -> dict[str, Any]:
+    """Arguments of `write_responses` and `stream_response` for B prompts at some weights; None: a seed by chance."""
+    device = next(experts.parameters()).device
+    generator = torch.Generator(device)
+    generator.seed() if seed is None else generator.manual_seed(seed)
+    return {
+        "experts": experts,
+        "tokenizer": tokenizer,
+        "prompt": left_pad(prompts, tokenizer.pad_token_id or 0, device),
+        "log_rho": DECODERS[decoder](log_weights.to(device, rho_dtype(device)), generator),
+        "eos_token_ids": end_tokens(experts, tokenizer),
+        "generator": generator,
+        "product": decoder == PRODUCT,
+    }
 
 
 def write_responses(

@@ -83,6 +83,18 @@ class UserState:
                 )
         return self._index[name]
 
+    def remove(self, name: str) -> int:
+        """Takes the user out, whose row is given back; later users move up by one."""
+        row = self._index[str(name)]
+        del self.names[row]
+        self._index = {name: place for place, name in enumerate(self.names)}
+        kept = [place for place in range(len(self.log_lik)) if place != row]
+        self.log_lik, self.count = self.log_lik[kept], self.count[kept]
+        self.noise = None if self.noise is None else self.noise[kept]
+        if self.mean is not None and self.log_std is not None:
+            self.mean, self.log_std = self.mean[kept], self.log_std[kept]
+        return row
+
     def evidence(self, rows: Sequence[int]) -> Float[Tensor, "B K"]:
         """[B, K] log-likelihoods of users by row; zeros for -1 (unknown)."""
         index = torch.tensor(rows, dtype=torch.long)

@@ -197,7 +197,22 @@ class UserWeights(NamedTuple):
 
     @torch.no_grad()
     def forget(self, user: str) -> None:
-        """Takes back everything that is known of a user; the name stays known, with the population's weights."""
+        """Takes a user out, name and all; the others keep their weights.
+
+        Raises:
+            ValueError: the name is unknown.
+        """
+        if user not in self.users:
+            meant = near_name(user, self.users.names)
+            hint = "" if meant is None else f" (did you mean {meant!r}?)"
+            raise ValueError(f"user={user!r}{hint}: not among the {len(self.users)} users of this policy")
+        row = self.users.remove(user)
+        if self.has_user_term and row < len(self.model.gate.user):
+            self.model.gate.remove_user(row)
+
+    @torch.no_grad()
+    def reset(self, user: str) -> None:
+        """Takes back what comparisons told of a user; the name stays known, with the population's weights."""
         row = self.users.index(user)
         if row < 0:
             return
