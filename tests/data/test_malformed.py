@@ -151,6 +151,12 @@ CASES = {
     "role of another tool": Case(
         talk(prompt=[said("human", "a")]), ("line 3", "'prompt[0]'", "role 'human' is unknown", "Rename it to 'user'")
     ),
+    "role mistyped": Case(
+        talk(prompt=[said("usr", "a")]), ("line 3", "'prompt[0]'", "role 'usr' is unknown", "Write 'user'")
+    ),
+    "role in capitals": Case(
+        talk(chosen=[said("Assistant", "a")]), ("line 3", "'chosen[0]'", "role 'Assistant'", "Write 'assistant'")
+    ),
     "content a number": Case(
         talk(prompt=[said("user", 5)]), ("line 3", "'prompt[0]'", "content is int 5, not text", "Write the content")
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ ROLE_ALIASES = {
     "bot": "assistant",
     "ai": "assistant",
 }
+ROLES = ("user", "assistant", "system", "developer", "tool")  # templates may know others too
 NOT_AN_ANSWER = ("user", "system", "developer")
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
@@ -176,6 +178,10 @@ def _check_message(message: Any, name: str, report: Report) -> bool:
         return False
     if role in ROLE_ALIASES:
         report(name, f"role '{role}' is unknown to chat templates", f"Rename it to '{ROLE_ALIASES[role]}'.")
+        return False
+    meant = difflib.get_close_matches(role.casefold(), ROLES, n=1, cutoff=0.75)
+    if meant and role not in ROLES:
+        report(name, f"role {shown(role)} is unknown to chat templates", f"Write '{meant[0]}'.")
         return False
     return _check_message_content(message, name, report)
 

@@ -7,6 +7,8 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from prefmix.data.responses import check_content
+
 Prompt = str | list[dict[str, Any]]
 
 
@@ -33,11 +35,12 @@ def prompt_token_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list
     tokens becomes the token that starts or ends texts, so that something predicts the first token.
 
     Raises:
-        ValueError: messages without a chat template, or a prompt that fills the model's context.
+        ValueError: what is no message, messages without a chat template, or a prompt that fills the model's context.
     """
     if isinstance(prompt, str):
         token_ids = list(tokenizer(text=prompt)["input_ids"])
     else:
+        check_content({"prompt": prompt}, "prompt", _refuse)
         if tokenizer.chat_template is None:
             raise ValueError("prompt is a list of messages, but the tokenizer has no chat template; give text instead")
         encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
@@ -53,14 +56,17 @@ def prompt_token_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list
     return token_ids
 
 
+def _refuse(field: str, problem: str, remedy: str) -> None:
+    raise ValueError(f"{field} {problem}; {remedy[:1].lower()}{remedy[1:].rstrip('.')}")
+
+
 def users_and_metadata(user: Any, metadata: Any, num: int) -> tuple[list[str | None], list[Mapping[str, Any] | None]]:
     """Users and metadata of `num` rows, from one for all or one for each."""
     if isinstance(metadata, str):
         raise ValueError(f"metadata={metadata!r}: give a mapping of fields, such as {{'user_job': ...}}")
     users = [user] * num if user is None or isinstance(user, str) else list(user)
     entries = [metadata] * num if metadata is None or isinstance(metadata, Mapping) else list(metadata)
-    if len(users) != num or len(entries) != num:
-        raise ValueError(
-            f"{len(users)} users and {len(entries)} metadata for {num} texts; give one each, or one for all"
-        )
+    for name, found in (("user", users), ("metadata", entries)):
+        if len(found) != num:
+            raise ValueError(f"{name}: {len(found)} for {num} texts; give one each, or one for all")
     return users, entries
