@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,20 @@ def test_without_rows_it_has_the_log_and_the_people_and_says_so(place: Path) -> 
         assert main(["report", str(place / source), "--output", str(place / "b.html")]) == 0
         page = (place / "b.html").read_text(encoding="utf-8")
         assert "Who is with whom" in page and "Bound and evidence" in page and "no held-out rows were given" in page
+
+
+def test_every_run_has_its_own_page(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for given in ("out", "out/policy"):
+        assert main(["report", str(place / given)]) == 0
+        captured = capsys.readouterr()
+        assert Path(captured.out.strip()) == place / "out" / "report.html"
+    assert "in the place of the page that was there" in captured.err
+    shutil.copytree(place / "out" / "policy", tmp_path / "alone")
+    assert main(["report", "alone"]) == 0
+    assert capsys.readouterr().out.strip() == "alone.html" and (tmp_path / "alone.html").is_file()
 
 
 def test_what_it_shows_is_what_the_policy_says(place: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from prefmix.cli.loading import add_columns, load_policy, read_checked_rows, read_policy_config
 from prefmix.cli.output import note, stdout_is_for_results
+from prefmix.policy.folder import LOG_FILE, run_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("policy", metavar="run", help="the output of a training, or the folder of a policy")
     parser.add_argument("--data", help="held-out rows; without them the page has the log, the people and the cost")
     add_columns(parser)
-    parser.add_argument("--output", default="report.html", help="where the page goes")
+    parser.add_argument(
+        "--output",
+        help="where the page goes; default: RUN/report.html, or NAME.html here for a policy alone",
+    )
     parser.add_argument(
         "--against",
         nargs="+",
@@ -36,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the page and prints where it is."""
-    _check(args)
+    output = _output(args)
+    _check(args, output)
     rows = None if args.data is None else read_checked_rows(args.data, args.split, args.user_column)
     with stdout_is_for_results():
         policy = load_policy(args)  # before the imports: it says what takes so long
@@ -63,12 +68,21 @@ def run(args: argparse.Namespace) -> None:
             options=options,
         )
     page = report_html(data)
-    Path(args.output).write_text(page, encoding="utf-8")
-    note(f"wrote {len(page.encode()) / 1e6:.2f} MB; open it in a browser, it needs no network")
-    print(args.output)
+    replaced = ", in the place of the page that was there" if output.exists() else ""
+    output.write_text(page, encoding="utf-8")
+    note(f"wrote {len(page.encode()) / 1e6:.2f} MB{replaced}; open it in a browser, it needs no network")
+    print(output)
 
 
-def _check(args: argparse.Namespace) -> None:
+def _output(args: argparse.Namespace) -> Path:
+    """Where the page goes: every run has its own."""
+    if args.output is not None:
+        return Path(args.output)
+    folder = run_folder(Path(args.policy))
+    return folder / "report.html" if (folder / LOG_FILE).is_file() else Path(f"{folder.name}.html")
+
+
+def _check(args: argparse.Namespace, output: Path) -> None:
     if args.examples < 0:
         raise ValueError(f"--examples {args.examples}: give 0 (nothing is generated) or a number of prompts")
     if args.max_new_tokens < 1:
@@ -77,10 +91,9 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.against and args.data is None:
         raise ValueError("--against compares policies on held-out rows: name them with --data")
-    folder = Path(args.output).parent
-    if not folder.is_dir():
-        raise ValueError(f"--output {args.output}: {folder} is no folder; make it first")
     read_policy_config(args)
+    if not output.parent.is_dir():
+        raise ValueError(f"--output {output}: {output.parent} is no folder; make it first")
     for _, policy in map(_named, args.against):
         read_policy_config(argparse.Namespace(policy=policy))
 

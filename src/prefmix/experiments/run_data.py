@@ -17,11 +17,12 @@ from prefmix.evaluation.figures.experts import Divergence, ExpertRows
 from prefmix.evaluation.intervals import Estimate
 from prefmix.evaluation.report import EvaluationReport
 from prefmix.experiments.diagnosis import Diagnosis, Finding
+from prefmix.policy.folder import LOG_FILE
 
 if TYPE_CHECKING:
     from prefmix.policy.mixture_policy import MixturePolicy
 
-METRICS, FINISHED = "metrics.jsonl", "finished.json"
+FINISHED = "finished.json"
 
 
 class People(NamedTuple):
@@ -141,7 +142,7 @@ class RunData:
 
 def read_log(run: Path) -> list[dict[str, Any]]:
     """Lines of the run's log; empty where there is none. A last line that a killed run left half is passed over."""
-    file = run / METRICS
+    file = run / LOG_FILE
     lines = []
     for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:

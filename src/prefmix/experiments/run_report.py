@@ -24,6 +24,7 @@ from prefmix.experiments.report_examples import find_disputes, write_examples
 from prefmix.experiments.report_gate import gate_views
 from prefmix.experiments.run_data import People, RunData, cost_of, facts_of, read_log
 from prefmix.experiments.verdicts import verdicts
+from prefmix.policy.folder import run_folder
 from prefmix.policy.mixture_policy import MixturePolicy
 from prefmix.policy.preferences import PreferenceScores, preference_scores
 from prefmix.policy.user_weights import UserWeights
@@ -79,7 +80,7 @@ def report_run(
         ValueError: no comparison is left in `rows`.
     """
     options = ReportOptions() if options is None else options
-    folder, absent = _run_folder(Path(run)), {}
+    folder, absent = run_folder(Path(run)), {}
     log = read_log(folder)
     if not log:
         absent["training"] = f"there is no metrics.jsonl in {folder.name}; give the folder that training wrote"
@@ -93,11 +94,6 @@ def report_run(
         parts |= _compared(parts["evaluation"], rows, against or {}, cache, options, absent)
     num = policy.config.num_experts
     return RunData(folder.name, facts_of(policy), num, absent=absent, source=source, **parts)
-
-
-def _run_folder(run: Path) -> Path:
-    run = run.absolute()
-    return run.parent if run.name == "policy" and (run.parent / "metrics.jsonl").is_file() else run
 
 
 def _on_rows(

@@ -24,6 +24,7 @@ MANIFEST = "manifest.json"
 # A model card is for people, who edit it; an edited card must not make a policy unreadable.
 # What training took is another number each time, and the same command twice should give the same policy.
 RECORD_FILE = "training.json"
+LOG_FILE = "metrics.jsonl"  # of a training output
 UNHASHED = frozenset({MANIFEST, "README.md", RECORD_FILE})
 
 
@@ -116,6 +117,12 @@ def policy_home(path: str | Path) -> Path:
     raise ValueError(
         f"{path}: no policy here (no {CONFIG_FILE}); give the folder that training or save_pretrained wrote"
     )
+
+
+def run_folder(path: Path) -> Path:
+    """The training output that `path` is, or whose `policy` it is; a policy without one is its own."""
+    path = Path(os.path.abspath(path))
+    return path.parent if path.name == "policy" and (path.parent / LOG_FILE).is_file() else path
 
 
 def intact_folder(path: Path, marker: str) -> Path | None:

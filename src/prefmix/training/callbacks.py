@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from prefmix.policy.folder import LOG_FILE
 from prefmix.training.checkpoint import write_atomically
 from prefmix.training.diagnostics import warn_of_collapse, warn_of_overconfidence, warn_of_overfitting
-from prefmix.training.persistence import METRICS
 from prefmix.training.record import Clock
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class MetricsFileCallback(TrainerCallback):
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._file = run_dir / METRICS
+        self._file = run_dir / LOG_FILE
         self._training = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -38,8 +38,6 @@ from prefmix.training.placement import AbstractPlacement
 from prefmix.training.processes import Readers, share_object, summed
 from prefmix.training.record import Clock
 
-METRICS = "metrics.jsonl"
-
 logger = logging.getLogger(__name__)
 
 
