@@ -66,7 +66,9 @@ def test_over_a_copied_base_what_is_printed_runs_as_printed(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert main(["export", "../out", "--format", "peft", "--expert", "0", "--output", "ad"]) == 0
-    printed = [line for line in capsys.readouterr().err.splitlines() if "PeftModel" in line][-1]
+    told = capsys.readouterr().err
+    assert "a folder of this machine: take it along" in told
+    printed = [line for line in told.splitlines() if "PeftModel" in line][-1]
     assert '"../out/policy/base"' in printed
     loaded = eval(printed, {"PeftModel": PeftModel, "AutoModelForCausalLM": AutoModelForCausalLM})
     assert any("lora" in name for name, _ in loaded.named_parameters())

@@ -14,7 +14,7 @@ from prefmix.evaluation.report import EvaluationReport, figures
 from prefmix.evaluation.scoring import Predictions
 from prefmix.experiments.diagnose_experts import ScoredRows, diagnose_scored
 from prefmix.experiments.diagnosis import Diagnosis
-from prefmix.experiments.run_data import Dispute, Example, GateView, People, RunData
+from prefmix.experiments.run_data import Dispute, Example, Gain, GateView, People, RunData
 from prefmix.experiments.verdicts import verdicts
 
 NASTY = "</script><img src=x onerror=\"document.title='broken'\"> & 'quotes'"
@@ -60,7 +60,7 @@ def simulated_run(
         log=_log(num_experts, steps, rng),
         evaluation=evaluation,
         verdicts=verdicts(evaluation),
-        gains={"the gate alone": paired_difference(hits(mine), hits(theirs), user % 40)},
+        gains={"the gate alone": Gain(*(paired_difference(f(mine), f(theirs), user % 40) for f in (hits, _losses)))},
         people=People(weights, [f"user {u}" for u in range(num_users)], groups),
         gate=[GateView("By prompt", rows, "Each prompt."), GateView("By age", rows, "The gate alone.")],
         experts=experts,
@@ -70,6 +70,10 @@ def simulated_run(
         diagnosis=Diagnosis("the run", diagnose_scored(scored)),
         source="held_out.jsonl",
     )
+
+
+def _losses(logit: np.ndarray) -> np.ndarray:
+    return np.logaddexp(0.0, -logit)
 
 
 def _evaluation(

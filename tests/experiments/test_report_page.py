@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from prefmix.experiments.report_page import report_html
-from prefmix.experiments.run_data import RunData
+from prefmix.experiments.run_data import Gain, RunData
 from prefmix.experiments.verdicts import verdicts
 
 _spec = spec_from_file_location("simulated_run", Path(__file__).with_name("simulated_run.py"))
@@ -97,11 +97,16 @@ def test_one_expert_has_no_chips_and_no_picture_of_shares() -> None:
 
 def test_the_verdict_calls_a_gain_unclear_where_its_interval_holds_zero() -> None:
     data = simulated_run(400, 30, 2, 12)
-    gain = next(iter(data.gains.values()))
-    unclear = replace(data, gains={"the gate alone": gain._replace(mean=0.01, low=-0.02, high=0.03)})
-    assert "not clearly different from the gate alone" in report_html(unclear)
-    worse = replace(data, gains={"single DPO": gain._replace(mean=-0.04, low=-0.06, high=-0.02)})
-    assert "4.0 points worse than single DPO" in report_html(worse) and "above a coin" not in report_html(worse)
+    gain = next(iter(data.gains.values())).accuracy
+    loss = gain._replace(mean=-0.2, low=-0.25, high=-0.1)
+    unclear = replace(data, gains={"the gate alone": Gain(gain._replace(mean=0.01, low=-0.02, high=0.03), loss)})
+    page = report_html(unclear)
+    assert "not clearly different from the gate alone (-2.0 to +3.0), log-loss -0.200 (-0.250 to -0.100)" in page
+    unsure = loss._replace(high=0.1)
+    worse = replace(data, gains={"single DPO": Gain(gain._replace(mean=-0.04, low=-0.06, high=-0.02), unsure)})
+    page = report_html(worse)
+    assert "4.0 points worse than single DPO (-6.0 to -2.0), log-loss -0.200 (-0.250 to +0.100, not clear)" in page
+    assert "above a coin" not in page
     assert data.evaluation is not None and data.evaluation.personalised is not None
     best = data.evaluation.personalised
     unsure = replace(best, log_loss=best.log_loss._replace(mean=0.75))

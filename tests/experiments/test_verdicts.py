@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from prefmix.evaluation.baselines import Baselines
@@ -75,3 +77,11 @@ def test_personalisation_that_loses_against_the_gate_is_said_once_it_is_more_tha
     # Less than a hundredth of a nat: worth a note, no alarm.
     assert _found(_report(_opinion(0.6, 0.45), _opinion(0.6, 0.4), _rule(0.5)))["personalisation"].level == "note"
     assert "personalisation" not in _found(_report(_opinion(0.6, 0.4), _opinion(0.6, 0.3), _rule(0.5)))
+
+
+def test_one_person_has_no_interval() -> None:
+    report = _report(_opinion(0.7, 2.0), _opinion(0.6, 0.1), _rule(0.6))
+    found = _found(replace(report, user=np.zeros(600, np.int64)))
+    assert {"length", "personalisation"} <= set(found)
+    assert all("no interval: one person" in found[name].what for name in ("length", "personalisation"))
+    assert "nan" not in " ".join(finding.what for finding in found.values())

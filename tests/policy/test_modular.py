@@ -196,6 +196,9 @@ def test_what_cannot_be_is_refused(make_policy: Callable[..., MixturePolicy]) ->
         remove_expert(policy, 0)
     with pytest.raises(ValueError, match="experts 0 to 0"):
         replace_expert(policy, 1, CopyOf(0))
+    for change in (lambda: add_expert(policy, CopyOf(7)), lambda: replace_expert(policy, 0, CopyOf(7))):
+        with pytest.raises(ValueError, match="expert=7: this policy has experts 0 to 0"):
+            change()
     with pytest.raises(ValueError, match="give 1 numbers"):
         soup(policy, [0.5, 0.5])
     with pytest.raises(ValueError, match="above 0 and below 1"):

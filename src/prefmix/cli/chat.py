@@ -104,6 +104,7 @@ class Conversation:
             print(weight_lines(self.policy, self.options["user"], self.options["metadata"]))
         elif command == "/reset":
             self.messages.clear()
+            note("a new conversation")
         elif command == "/help":
             print(HELP)
         else:
@@ -124,6 +125,7 @@ class Conversation:
         if user is not None:
             self.options.pop("weights", None)  # of somebody unknown
         self.messages.clear()
+        note(f"{user or 'nobody known'} from here on, in a new conversation")
 
 
 def weight_lines(policy: MixturePolicy, user: str | None, metadata: dict[str, Any] | None = None) -> str:

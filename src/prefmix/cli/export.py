@@ -55,7 +55,10 @@ def run(args: argparse.Namespace) -> None:
     print(args.output)
     from prefmix.policy.export import base_place
 
-    note(NEXT[args.format].format(args.output, args.base or base_place(policy)))
+    base = args.base or base_place(policy)
+    note(NEXT[args.format].format(args.output, base))
+    if args.format == "peft" and Path(base).exists():
+        note("that base is a folder of this machine: take it along, or use --format merged")
 
 
 def _check(args: argparse.Namespace) -> None:

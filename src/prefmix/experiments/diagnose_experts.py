@@ -208,8 +208,10 @@ def calibration(scored: ScoredRows, noise: LearntNoise | None = None, steps: int
         remedy = f"too sure: {for_sureness(noise)}, lower the number of epochs, or judge on held-out rows"
         return Finding("calibration", "warning", what, numbers, remedy)
     if slope - 2 * error > 1.25:
-        lower = "lower label_noise" if noise is None else "a label_noise_prior with a lower mode"
-        return Finding("calibration", "warning", what, numbers, f"not sure enough: more epochs, or {lower}")
+        lower = "a lower label_noise where there is one" if noise is None else "a label_noise_prior with a lower mode"
+        return Finding(
+            "calibration", "warning", what, numbers, f"not sure enough: a higher learning_rate, more epochs, or {lower}"
+        )
     return Finding("calibration", "fine", what, numbers)
 
 

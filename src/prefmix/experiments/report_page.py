@@ -15,6 +15,7 @@ from prefmix.data.counted import counted
 from prefmix.evaluation import figures
 from prefmix.evaluation.figures.canvas import Figure, expert_colour, expert_name, html_table
 from prefmix.evaluation.figures.quality import headline_rows, new_users_called
+from prefmix.evaluation.intervals import Estimate
 from prefmix.evaluation.report import new_users_note
 from prefmix.experiments.report_texts import disputes_html, examples_html, findings_html
 from prefmix.experiments.run_data import RunData
@@ -94,18 +95,23 @@ def _verdict(data: RunData) -> str:
         f"(95% interval over people: {best.low:.1%} to {best.high:.1%})."
     ]
     compared = []
-    for name, gain in data.gains.items():
-        clear = gain.low > 0 or gain.high < 0
+    for name, (gain, loss) in data.gains.items():
         kind = "better" if gain.mean >= 0 else "worse"
-        said = (
-            f"{100 * abs(gain.mean):.1f} points {kind} than {name}" if clear else f"not clearly different from {name}"
+        said = f"{100 * abs(gain.mean):.1f} points {kind} than" if _clear(gain) else "not clearly different from"
+        losses = "" if _clear(loss) else ", not clear"
+        compared.append(
+            f"{said} {name} ({100 * gain.low:+.1f} to {100 * gain.high:+.1f}), log-loss {loss.mean:+.3f} "
+            f"({loss.low:+.3f} to {loss.high:+.3f}{losses})"
         )
-        compared.append(f"{said} ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})")
     if compared:
         words.append(f"Paired over people, on all rows, that is {'; '.join(compared)}.")
     words += [f"{_capital(finding.what)}." for finding in data.verdicts]
     words += [f"{_capital(finding.remedy)}." for finding in data.verdicts[:1] if finding.level == "warning"]
     return f'<p class="verdict">{escape(" ".join(words))}</p>'
+
+
+def _clear(difference: Estimate) -> bool:
+    return difference.low > 0 or difference.high < 0
 
 
 def _capital(sentence: str) -> str:

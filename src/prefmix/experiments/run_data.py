@@ -55,6 +55,18 @@ class GateView(NamedTuple):
     caption: str
 
 
+class Gain(NamedTuple):
+    """This run minus another policy on the same rows, paired over people.
+
+    Attributes:
+        accuracy: of 1; more is better.
+        log_loss: nats a comparison; less is better.
+    """
+
+    accuracy: Estimate
+    log_loss: Estimate
+
+
 class Dispute(NamedTuple):
     """A comparison that experts disagree about.
 
@@ -108,7 +120,7 @@ class RunData:
         evaluation: held-out figures.
         against: name -> figures of another policy on the same rows.
         verdicts: what the figures mean beside length, a coin and the gate.
-        gains: name -> how much better in accuracy the run is than it, paired over people.
+        gains: name -> how much better the run is than it.
         people: users.
         gate: mean weights by kinds of rows.
         experts: held-out rows under every expert.
@@ -128,7 +140,7 @@ class RunData:
     evaluation: EvaluationReport | None = None
     against: Mapping[str, EvaluationReport] = field(default_factory=dict)
     verdicts: Sequence[Finding] = ()
-    gains: Mapping[str, Estimate] = field(default_factory=dict)
+    gains: Mapping[str, Gain] = field(default_factory=dict)
     people: People | None = None
     gate: Sequence[GateView] = ()
     experts: ExpertRows | None = None

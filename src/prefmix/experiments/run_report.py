@@ -17,12 +17,13 @@ from prefmix.evaluation.figures.experts import ExpertRows
 from prefmix.evaluation.intervals import paired_difference
 from prefmix.evaluation.metrics import hits
 from prefmix.evaluation.report import EvaluationReport
+from prefmix.evaluation.scoring import Predictions
 from prefmix.evaluation.weights import known_user_log_weights, personalises
 from prefmix.experiments.diagnose import diagnose_policy, learnt_noise
 from prefmix.experiments.read_rows import all_texts, rows_of_texts
 from prefmix.experiments.report_examples import find_disputes, write_examples
 from prefmix.experiments.report_gate import gate_views
-from prefmix.experiments.run_data import People, RunData, cost_of, facts_of, read_log
+from prefmix.experiments.run_data import Gain, People, RunData, cost_of, facts_of, read_log
 from prefmix.experiments.verdicts import verdicts
 from prefmix.policy.folder import run_folder
 from prefmix.policy.mixture_policy import MixturePolicy
@@ -180,22 +181,24 @@ def _compared(
     options: ReportOptions,
     absent: dict[str, str],
 ) -> dict[str, Any]:
-    """Other policies on the same rows, and paired differences in accuracy from them and from less of our own."""
-    found, logits = {}, {}
+    """Other policies on the same rows, and paired differences from them and from less of our own."""
+    found, theirs = {}, {}
     if evaluation.personalised is not None:
-        logits["the gate alone"] = evaluation.predictions["population"].logit
-    mine = evaluation.predictions["personalised"].logit
+        theirs["the gate alone"] = evaluation.predictions["population"]
+    mine = evaluation.predictions["personalised"]
     for name, load in against.items():
         found[name] = evaluate(load(), rows, name=name, cache=cache, seed=options.seed, new_user_context=())
-        theirs = found[name].predictions["personalised"].logit
-        if len(theirs) == len(mine):
-            logits[name] = theirs
+        other = found[name].predictions["personalised"]
+        if len(other.logit) == len(mine.logit):
+            theirs[name] = other
         else:
             absent[f"against {name}"] = (
                 f"{name} leaves other rows out (max_length, ties), so no paired difference is taken"
             )
-    gains = {
-        name: paired_difference(hits(mine), hits(theirs), evaluation.user, seed=options.seed)
-        for name, theirs in logits.items()
-    }
+    gains = {name: _gain(mine, other, evaluation.user, options.seed) for name, other in theirs.items()}
     return {"against": found, "gains": gains}
+
+
+def _gain(mine: Predictions, theirs: Predictions, user: np.ndarray, seed: int) -> Gain:
+    accuracy = paired_difference(hits(mine.logit), hits(theirs.logit), user, seed=seed)
+    return Gain(accuracy, paired_difference(-mine.log_prob, -theirs.log_prob, user, seed=seed))

@@ -83,6 +83,7 @@ def add_expert(
     Raises:
         ValueError: an expert that does not fit, a weight that is no share, or betas that differ.
     """
+    _check_source(policy, expert)
     experts, config = policy.model.experts, policy.config
     count = experts.num_experts
     gate = widened(policy.model.gate, 1 / (count + 1) if weight is None else weight)
@@ -132,6 +133,7 @@ def replace_expert(
         ValueError: no such expert, or one that does not fit.
     """
     _check_expert(policy, expert)
+    _check_source(policy, new)
     order: list[int | Source] = list(range(policy.config.num_experts))
     order[expert] = new
     users = _with_neutral(policy, expert)
@@ -174,6 +176,11 @@ def soup(policy: MixturePolicy, weights: Sequence[float] | None = None) -> Mixtu
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
+def _check_source(policy: MixturePolicy, source: Source) -> None:
+    if isinstance(source, CopyOf):
+        _check_expert(policy, source.expert)
+
+
 def _recombined(experts: AbstractExperts, order: Sequence[int | Source]) -> AbstractExperts:
     """Experts in a new order: numbers are old experts, everything else a new one."""
     if isinstance(experts, IndependentExperts):
@@ -184,7 +191,6 @@ def _recombined(experts: AbstractExperts, order: Sequence[int | Source]) -> Abst
 
 def _state(experts: AbstractExperts, source: Source) -> State:
     if isinstance(source, CopyOf):
-        assert 0 <= source.expert < experts.num_experts, source
         return perturbed(experts.expert_state(source.expert), source.scale, source.seed)
     if isinstance(source, Mapping):
         return source

@@ -39,7 +39,10 @@ def bound_over_training(log: Log) -> Figure | None:
     drawn = [Curve(name, points, colours[name], dash=name == "ELBO") for name, points in curves.items()]
     title = "Bound and evidence"
     svg = line_chart(title, drawn, x_label=X_LABEL, y_label="nats per training row")
-    caption = "The ELBO can never exceed the evidence; where the lines meet, responsibilities are exact."
+    caption = (
+        "The ELBO is a lower bound of the evidence; where the lines meet, responsibilities are exact. Both are read "
+        "off batches, and what others told of a user is up to an epoch old: lines may cross while experts move fast."
+    )
     return Figure(title, svg, caption, *table_of(curves, "step"))
 
 
