@@ -133,9 +133,17 @@ def test_validate_points_at_a_column_that_looks_like_who_judged(
     said = "column 'annotator_id' (one value) looks like who judged; rename it to 'user'"
     assert main(["validate", data]) == 0
     text = capsys.readouterr()
-    assert said in text.out and text.err == ""
+    assert f"warning: {said}" in text.err and "annotator_id" in text.out and "looks like" not in text.out
     assert main(["validate", data, "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["unread_users"].startswith(said)
+
+
+def test_validate_says_where_some_rows_name_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nobody = {name: value for name, value in ROW.items() if name != "user"} | {"chosen": "another"}
+    assert main(["validate", str(_rows(tmp_path, [ROW, {**ROW, "chosen": "a third"}, nobody]))]) == 0
+    assert "1 of 3 rows name no user" in capsys.readouterr().err
+    assert main(["validate", str(_rows(tmp_path, [ROW, {**ROW, "chosen": "a third"}]))]) == 0
+    assert "name no user" not in capsys.readouterr().err
 
 
 def test_init_writes_a_recipe_that_loads_and_never_overwrites(

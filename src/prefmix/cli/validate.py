@@ -25,9 +25,17 @@ def run(args: argparse.Namespace) -> None:
     if args.format == "json":
         print_json(report.to_dict())
     else:
-        print_pairs(report.to_dict(), title=f"{args.data}: rows are sound")
+        shown = {name: value for name, value in report.to_dict().items() if name != "unread_users"}
+        print_pairs(shown, title=f"{args.data}: rows are sound")
     if report.unread_users is not None:
-        return  # the report says it; nothing comes next before it is mended
+        if args.format == "text":
+            note(f"warning: {report.unread_users}")
+        return  # nothing comes next before it is mended
+    if 0 < report.rows_without_user < report.kept:
+        note(
+            f"warning: {report.rows_without_user} of {report.kept} rows name no user; each is taken as a person "
+            "of its own, who gave one comparison"
+        )
     if (warning := identity_warning(report)) is not None:
         note(warning)
     else:
