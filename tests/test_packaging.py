@@ -125,6 +125,15 @@ def test_every_verb_has_its_line_in_the_docs() -> None:
     assert all(f"| `{verb}" in page for verb in VERBS)
 
 
+def test_every_public_name_has_its_line_in_the_api_page() -> None:
+    from prefmix.policy.mixture_policy import MixturePolicy
+
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    methods = [name for name in vars(MixturePolicy) if not name.startswith("_")]
+    assert not [name for name in methods if f"`{name}" not in page]
+    assert not [name for name in prefmix.__all__ if not name.startswith("_") and f"`{name}" not in page]
+
+
 def test_ten_lines_of_python_are_about_ten() -> None:
     (block,) = _blocks(ROOT / "README.md", "python")
     assert len([line for line in block.splitlines() if line.strip()]) <= 10

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from prefmix.evaluation.evaluator import evaluate
     from prefmix.policy.mixture_policy import MixturePolicy
     from prefmix.policy.modular import CopyOf, add_expert, remove_expert, replace_expert, soup
+    from prefmix.policy.strength import at_strength
     from prefmix.training.config import MixtureConfig
     from prefmix.training.extending import register_estep, register_gate_term, register_loss
     from prefmix.training.trainer import MixtureTrainer
@@ -31,6 +32,7 @@ __all__ = [
     "MixtureTrainer",
     "__version__",
     "add_expert",
+    "at_strength",
     "evaluate",
     "register_estep",
     "register_gate_term",
@@ -46,6 +48,7 @@ _HOME = {
     "MixturePolicy": "prefmix.policy.mixture_policy",
     "MixtureTrainer": "prefmix.training.trainer",
     "add_expert": "prefmix.policy.modular",
+    "at_strength": "prefmix.policy.strength",
     "evaluate": "prefmix.evaluation.evaluator",
     "register_estep": "prefmix.training.extending",
     "register_gate_term": "prefmix.training.extending",
