@@ -19,7 +19,7 @@ from prefmix.evaluation.intervals import Estimate
 from prefmix.evaluation.report import new_users_note
 from prefmix.experiments.report_texts import disputes_html, examples_html, findings_html
 from prefmix.experiments.run_data import RunData
-from prefmix.experiments.verdicts import length_rule
+from prefmix.experiments.verdicts import interval_words, length_rule
 
 # Nothing is fetched, whatever a text in it says.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -100,8 +100,8 @@ def _verdict(data: RunData) -> str:
         said = f"{100 * abs(gain.mean):.1f} points {kind} than" if _clear(gain) else "not clearly different from"
         losses = "" if _clear(loss) else ", not clear"
         compared.append(
-            f"{said} {name} ({100 * gain.low:+.1f} to {100 * gain.high:+.1f}), log-loss {loss.mean:+.3f} "
-            f"({loss.low:+.3f} to {loss.high:+.3f}{losses})"
+            f"{said} {name} ({interval_words(gain, '+.1f', 100)}), log-loss {loss.mean:+.3f} "
+            f"({interval_words(loss, '+.3f')}{losses})"
         )
     if compared:
         words.append(f"Paired over people, on all rows, that is {'; '.join(compared)}.")

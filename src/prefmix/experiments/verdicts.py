@@ -70,7 +70,7 @@ def _beside_gate(report: EvaluationReport, noise: LearntNoise | None, seed: int)
         return None
     what = (
         f"knowing its users it has a log-loss of {mine.mean():.3f} on all rows, and {gate.mean():.3f} by its gate "
-        f"alone ({lost.mean:+.3f} nats, {_range(lost, '+.3f')}): "
+        f"alone ({lost.mean:+.3f} nats, {interval_words(lost, '+.3f')}): "
         "posteriors are surer than people are consistent"
     )
     level, remedy = "warning" if lost.mean > LOSS_MARGIN else "note", f"{for_sureness(noise)}, or train fewer epochs"
@@ -84,7 +84,7 @@ def _beside_length(report: EvaluationReport, seed: int) -> Finding | None:
         return None  # all pairs are of equal length
     mine = hits(report.predictions["personalised"].logit)
     gain = paired_difference(mine, rule.hits, report.user, seed=seed)
-    points = f"{100 * gain.mean:+.1f} points, {_range(gain, '+.1f', 100)}"
+    points = f"{100 * gain.mean:+.1f} points, {interval_words(gain, '+.1f', 100)}"
     what = f"always taking the {rule.name} response ranks {rule.accuracy:.1%} of all rows as the person did; "
     numbers = {"length_rule": rule.accuracy, "accuracy": float(mine.mean()), "low": gain.low, "high": gain.high}
     if gain.low > 0:
@@ -94,7 +94,8 @@ def _beside_length(report: EvaluationReport, seed: int) -> Finding | None:
     return Finding("length", "warning", f"{what}this policy is {below} that ({points})", numbers, remedy)
 
 
-def _range(estimate: Estimate, form: str, scale: float = 1.0) -> str:
+def interval_words(estimate: Estimate, form: str, scale: float = 1.0) -> str:
+    """Ends of an interval, such as "+0.1 to +0.3"; of one person alone there is none."""
     if np.isnan(estimate.low):
         return "no interval: one person"
     return f"{scale * estimate.low:{form}} to {scale * estimate.high:{form}}"
