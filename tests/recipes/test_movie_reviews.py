@@ -53,29 +53,29 @@ def base_folder(make_tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_pa
     return tmp_path / "base"
 
 
-def _small(base_folder: Path, folder: Path) -> list[str]:
-    """A run of seconds, written to `folder`/results.json."""
+@pytest.fixture
+def arguments(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A run of seconds over invented reviews, written to results.json."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("harper")
+    _write_reviews(tmp_path / "data")
+    monkeypatch.setenv("PREFMIX_DATA", str(tmp_path / "data"))
     return (
         f"--model {base_folder} --vocabulary 300 --sft-tokens 2048 --seeds 0 --prompts 16 --validation 8 --usual 8 "
         "--dtype float32 --evaluation 8 --each 3 --prefix-words 6 --new-tokens 8 --annotators 2 --comparisons 6 "
         "--rates 0.05 --epochs 1 --rank 2 --strengths 1 2 --product-steps 2 --bootstraps 3 "
-        f"--work-dir {folder / 'work'} --output {folder / 'results.json'}"
+        f"--work-dir {tmp_path / 'work'} --output {tmp_path / 'results.json'}"
     ).split()
 
 
 def test_recipe_goes_from_reviews_to_tables_and_pictures_and_does_nothing_twice(
     recipe: Callable[[str], ModuleType],
-    base_folder: Path,
+    arguments: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: Any,
 ) -> None:
-    pytest.importorskip("sklearn")
-    pytest.importorskip("harper")
-    _write_reviews(tmp_path / "data")
-    monkeypatch.setenv("PREFMIX_DATA", str(tmp_path / "data"))
-    arguments, output = _small(base_folder, tmp_path), tmp_path / "results.json"
-    run = recipe("run")
+    run, output = recipe("run"), tmp_path / "results.json"
     run.main(arguments)
     printed = capsys.readouterr().out
     for phrase in ("hypervolume within", "gain over the reference at KL", "share of the way", "anonymous mixture"):
@@ -107,17 +107,9 @@ def test_recipe_goes_from_reviews_to_tables_and_pictures_and_does_nothing_twice(
 
 
 def test_a_focus_trains_and_judges_what_one_objective_needs(
-    recipe: Callable[[str], ModuleType],
-    base_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: Any,
+    recipe: Callable[[str], ModuleType], arguments: list[str], tmp_path: Path, capsys: Any
 ) -> None:
-    pytest.importorskip("sklearn")
-    pytest.importorskip("harper")
-    _write_reviews(tmp_path / "data")
-    monkeypatch.setenv("PREFMIX_DATA", str(tmp_path / "data"))
-    found = recipe("run").main([*_small(base_folder, tmp_path), "--focus", "grammar", "--rates", "0.05", "0.02"])
+    found = recipe("run").main([*arguments, "--focus", "grammar", "--rates", "0.05", "0.02"])
     printed = capsys.readouterr().out
     assert "gain over the reference at KL" in printed and "hypervolume" not in printed
     methods = found["seeds"]["0"]["methods"]
