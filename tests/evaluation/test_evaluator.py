@@ -14,7 +14,8 @@ import torch
 
 from prefmix.data.tokenization import tokenize_rows
 from prefmix.evaluation.evaluator import evaluate, score_table
-from prefmix.evaluation.scoring import score_rows
+from prefmix.evaluation.report import figures, new_users_note
+from prefmix.evaluation.scoring import Predictions, score_rows
 from prefmix.experts.shared_base import SharedBaseExperts
 from prefmix.mixture.gates import Gate
 from prefmix.policy.config import PolicyConfig
@@ -222,6 +223,17 @@ def test_report_is_json_and_readable(make_policy: Callable[..., MixturePolicy]) 
     assert ": 1 context row " in table and "0 context rows" in table and "1 context rows" not in table
     # 18 rows of the third person alone, unknown to the policy: what is shown to it is not scored.
     assert "to show; with 0 shown it is the population's figure on these rows alone" in table
+
+
+def test_new_people_who_are_few_are_called_so() -> None:
+    def note(people: int) -> str:
+        rows = np.arange(5 * people)
+        found = figures(Predictions(np.full(len(rows), -0.5), np.ones(len(rows))), rows % people, rows * 0 - 1, ())
+        return new_users_note({4: found}, "people met here")
+
+    assert note(1).startswith("people met here: 5 rows of 1 person who has 4 other rows to show")
+    assert "9 people who have" in note(9) and note(9).endswith("so few people that chance moves the figures")
+    assert "chance" not in note(10)
 
 
 def test_the_table_has_no_empty_column_where_rows_name_no_group(make_policy: Callable[..., MixturePolicy]) -> None:

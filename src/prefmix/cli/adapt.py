@@ -79,9 +79,7 @@ def _forget(args: argparse.Namespace) -> None:
         print_json({"user": args.user, "forgotten": True, "users": len(policy.users)})
         return
     print(f"{args.user} is forgotten: name, evidence and weights are no longer in {args.policy}")
-    note(
-        "experts keep what they learnt in training; checkpoints, reports and rows are files of their own"
-    )
+    note("experts keep what they learnt in training; checkpoints, reports and rows are files of their own")
 
 
 def _set_unknown(args: argparse.Namespace) -> None:
