@@ -74,12 +74,17 @@ class SeedArrays(NamedTuple):
         )
 
     def single(self) -> Frontier:
-        """Single DPO at all strengths."""
-        return self.frontier([f"single/all/{s:g}" for s in self.strengths])
+        """Single DPO at all strengths that were written."""
+        return self.frontier(self.written("single/all"))
 
     def specialist(self, objective: str) -> Frontier:
         """The mixture with all weight on one objective's expert."""
-        return self.frontier([f"mixture/{objective}/{s:g}" for s in self.strengths])
+        return self.frontier(self.written(f"mixture/{objective}"))
+
+    def written(self, policy: str) -> list[str]:
+        """A policy's names at the strengths at which it wrote, rising."""
+        names = [f"{policy}/{s:g}" for s in self.strengths]
+        return [name for name in names if f"{name}/rewards" in self.arrays]
 
     def product(self, weights: np.ndarray) -> Frontier:
         """The product of experts at some weights of `product_grid`, or at a vertex, at the strengths written."""
@@ -89,11 +94,13 @@ class SeedArrays(NamedTuple):
         return self.frontier([name for name in names if f"{name}/rewards" in self.arrays])
 
     def mixture(self, weights: np.ndarray) -> Frontier:
-        """sum_k w_k pi_k at all strengths, exactly from the samples of its experts."""
+        """sum_k w_k pi_k at all strengths at which its experts wrote, exactly from their samples."""
         kls, rewards = [np.zeros(len(self.rewards("reference")))], [self.rewards("reference")]
         used = np.flatnonzero(weights > 0)
         for strength in self.strengths:
             names = [f"mixture/{self.objectives[k]}/{strength:g}" for k in used]
+            if not all(f"{name}/rewards" in self.arrays for name in names):
+                break
             log_ratio = [self._mixed(self.arrays[f"{name}/expert_log_ratio"], weights) for name in names]
             kls.append(sum(w * r for w, r in zip(weights[used], log_ratio, strict=True)))
             rewards.append(sum(w * self.rewards(name) for w, name in zip(weights[used], names, strict=True)))

@@ -70,15 +70,19 @@ class Judge:
         self.take(name, sample_responses(policy, w.prompts, weights=weights, **call), order)
 
     def frontier(
-        self, name: str, policy: MixturePolicy, expert_of: Mapping[str, int], objectives: Sequence[str]
+        self, name: str, policy: MixturePolicy, expert_of: Mapping[str, int], objectives: Sequence[str], enough: float
     ) -> None:
-        """Experts alone at every strength: any weights on them follow from these, since a mixture's mean is linear."""
-        order = list(expert_of.values())
+        """Experts alone at every strength: any weights on them follow from these, since a mixture's mean is linear.
+
+        An expert that is more than `enough` nats from the reference is not made stronger still.
+        """
+        order, near = list(expert_of.values()), list(objectives)
         for strength in self.writing.strengths:
             stronger = at_strength(policy, strength)
-            for objective in objectives:
+            for objective in near:
                 weights = one_hot(expert_of[objective], len(order))
                 self.write(f"{name}/{objective}/{strength:g}", stronger, weights, order)
+            near = [o for o in near if self.arrays[f"{name}/{o}/{strength:g}/log_ratio"].mean() <= enough]
 
     def specialists(
         self, name: str, policy: MixturePolicy, expert_of: Mapping[str, int], objectives: Sequence[str]

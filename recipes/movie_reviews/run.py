@@ -63,7 +63,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "smollm2": {
         "vocabulary": 4096, "sft_tokens": 60_000, "prompts": 400, "each": 3, "validation": 50, "evaluation": 60,
-        "rates": [5e-4, 2e-3], "strengths": [1.0, 2.0], "dtype": "bfloat16",
+        "rates": [5e-4, 2e-3], "strengths": [1.0, 2.0, 4.0], "dtype": "bfloat16",
     },
 }  # fmt: skip
 NOT_SETTINGS = ("work_dir", "output", "seeds", "quick", "commit")
@@ -242,13 +242,13 @@ class Study:
         judge = Judge(writing, self.rewards, _say)
         judge.take("reference", reference)
         policies = {name: choice.trained.policy for name, choice in choices.items()}
-        judge.frontier("single", policies[SINGLE], {"all": 0}, ["all"])
+        judge.frontier("single", policies[SINGLE], {"all": 0}, ["all"], KLS[-1])
         expert_of: dict[str, dict[str, int]] = {}
         for name in policies.keys() - {SINGLE}:
             rows = comparisons.validation if name == ANONYMOUS else comparisons.train
             expert_of[name] = dict(zip(OBJECTIVES, expert_of_objective(policies[name], rows, OBJECTIVES), strict=True))
         record["expert_of_objective"] = expert_of
-        judge.frontier(MIXTURE, policies[MIXTURE], expert_of[MIXTURE], focus)
+        judge.frontier(MIXTURE, policies[MIXTURE], expert_of[MIXTURE], focus, KLS[-1])
         for name in (n for n in (ORACLE, FIXED, ANONYMOUS) if n in policies):
             judge.specialists(name, policies[name], expert_of[name], focus)
         if self._everything:

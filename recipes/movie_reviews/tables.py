@@ -72,7 +72,7 @@ def win_rates(seeds: Sequence[SeedArrays]) -> dict[str, dict[str, Any]]:
         mine, reference, single = ([] for _ in range(3))
         for s in seeds:
             name = f"mixture/{objective}/1"
-            rivals = [f"single/all/{x:g}" for x in s.strengths]
+            rivals = s.written("single/all")
             nearest = min(rivals, key=lambda rival: abs(s.kl(rival).mean() - s.kl(name).mean()))
             for column, key in zip((mine, reference, single), (name, "reference", nearest), strict=True):
                 column.append(s.arrays[f"{key}/rewards"][:, index].reshape(-1, s.each))
@@ -149,7 +149,7 @@ def write_pictures(seeds: Sequence[SeedArrays], results: Mapping[str, Any], outp
             ("single DPO", [s.single() for s in seeds]),
             ("mixture, weights on it", [s.specialist(objective) for s in seeds]),
         ):
-            for i, strength in enumerate(seeds[0].strengths, start=1):
+            for i, strength in enumerate(seeds[0].strengths[: min(len(f.kl) for f in families) - 1], start=1):
                 gains = [(f.rewards[i] - f.rewards[0])[:, index] for f in families]
                 y, half = (
                     float(np.mean(gains)),
