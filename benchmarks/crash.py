@@ -40,7 +40,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prefmix.policy.folder import RECORD_FILE
+from prefmix.policy.folder import LOG_FILE, RECORD_FILE
 from prefmix.training import checkpoint, persistence
 from prefmix.training.config import MixtureConfig
 from prefmix.training.trainer import MixtureTrainer
@@ -91,7 +91,7 @@ def digest(trainer: MixtureTrainer) -> dict[str, str]:
     # A finished run that was only opened again has no optimizer in memory; its last checkpoint has.
     last = checkpoint.checkpoints(run_dir)[0]
     optimizer = torch.load(last / "optimizer.pt", weights_only=True)
-    lines = [json.loads(line) for line in (run_dir / persistence.METRICS).read_text().splitlines()]
+    lines = [json.loads(line) for line in (run_dir / LOG_FILE).read_text().splitlines()]
     metrics = [{k: v for k, v in line.items() if not any(t in k for t in TIMES)} for line in lines]
     policy = run_dir / persistence.POLICY
     # What a run cost (training.json) differs from run to run, and the manifest leaves it out as well.
