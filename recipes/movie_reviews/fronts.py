@@ -90,8 +90,7 @@ class SeedArrays(NamedTuple):
         """The product of experts at some weights of `product_grid`, or at a vertex, at the strengths written."""
         if weights.max() == 1:
             return self.specialist(self.objectives[int(weights.argmax())])
-        names = [product_name(weights, s) for s in self.strengths]
-        return self.frontier([name for name in names if f"{name}/rewards" in self.arrays])
+        return self.frontier(self.written(product_name(weights)))
 
     def mixture(self, weights: np.ndarray) -> Frontier:
         """sum_k w_k pi_k at all strengths at which its experts wrote, exactly from their samples."""

@@ -99,7 +99,7 @@ class Judge:
         for weights in product_grid(len(order), steps):
             melted = soup(policy, weights[np.argsort(order)].tolist())
             for strength in self.writing.strengths:
-                name = product_name(weights, strength)
+                name = f"{product_name(weights)}/{strength:g}"
                 self.write(name, at_strength(melted, logit_scale(weights, strength)), [1.0])
                 if self.arrays[f"{name}/log_ratio"].mean() > enough:
                     break

@@ -26,9 +26,9 @@ def product_grid(num: int, steps: int) -> np.ndarray:
     return inside if np.isclose(inside, centre).all(axis=1).any() else np.vstack([inside, centre])
 
 
-def product_name(weights: np.ndarray, strength: float) -> str:
-    """Key of arrays, for example `product/0.25-0.50-0.25/1`, weights in the order of objectives."""
-    return f"product/{'-'.join(f'{w:.2f}' for w in weights)}/{strength:g}"
+def product_name(weights: np.ndarray) -> str:
+    """Beginning of keys of arrays, for example `product/0.25-0.50-0.25`, weights in the order of objectives."""
+    return f"product/{'-'.join(f'{w:.2f}' for w in weights)}"
 
 
 def logit_scale(weights: np.ndarray, strength: float) -> float:
